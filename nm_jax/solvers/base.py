@@ -1,0 +1,155 @@
+"""The contract of a solver: tiles of scores in, the mask that keeps the most of them out.
+
+To add a solver, write one file with a frozen dataclass that derives from `Solver`, and add a line to `menu.py`; the
+contract suite in `tests/solvers` then covers it.
+"""
+
+import abc
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nm_jax.patterns import Pattern
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """How far from the optimum a mask can be, proved by a dual solution.
+
+    Exact solvers work on scores rounded to a fixed-point grid of their own for each tile.
+
+    Attributes:
+      gap: dual bound minus objective of each tile, in units of the grid. 0 proves that the mask is optimal.
+      unit: spacing of the grid of each tile.
+    """
+
+    gap: Int[Array, "*tiles"]
+    unit: Float[Array, "*tiles"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What a solver found.
+
+    Attributes:
+      mask: True where an entry is kept.
+      objective: sum of the kept scores of each tile.
+      nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
+      certificate: proof of optimality or the gap; `None` from solvers that give no proof.
+    """
+
+    mask: Bool[Array, "rows cols *tiles"]
+    objective: Float[Array, "*tiles"]
+    nan: Bool[Array, "*tiles"]
+    certificate: Certificate | None = None
+
+    @property
+    def bound(self) -> Float[Array, "*tiles"] | None:
+        """Upper bound on the objective of any mask of the tile, on the certificate's grid; `None` without one."""
+        if self.certificate is None:
+            return None
+        return self.objective + self.certificate.gap * self.certificate.unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver(abc.ABC):
+    """Finds, tile by tile, a mask of a pattern that keeps as much of the scores as it can.
+
+    max sum(mask * scores)  such that  pattern.full(mask)
+
+    Solvers are hashable configuration and work under `jax.jit` and `jax.vmap`.
+    """
+
+    @abc.abstractmethod
+    def supports(self, pattern: Pattern) -> bool:
+        """Whether the solver can find masks of this pattern."""
+
+    @abc.abstractmethod
+    def solve(
+        self, scores: Float[Array, "rows cols *tiles"], pattern: Pattern
+    ) -> tuple[Bool[Array, "rows cols *tiles"], Certificate | None]:
+        """The mask of every tile, for finite float32 or float64 scores of a supported pattern."""
+
+    def __call__(
+        self,
+        scores: Float[Array, "rows cols *tiles"],
+        pattern: Pattern,
+        valid: Bool[Array, "rows cols *tiles"] | None = None,
+    ) -> Solution:
+        """Solves every tile.
+
+        Args:
+          scores: what to keep the most of, used as given, negatives included. Any float dtype. An entry at infinity
+            is kept (at minus infinity, pruned) if any mask does so, and NaN counts as the lowest score of its tile.
+          pattern: a pattern that the solver supports.
+          valid: False where a tile is padding, which is never kept: such a tile holds at most n.
+
+        Raises:
+          ValueError: if the solver does not support the pattern, or the scores do not have its tiles' shape.
+        """
+        if not self.supports(pattern):
+            raise ValueError(f"{self} does not solve {pattern}; pass solver=None for one that does")
+        if not jnp.issubdtype(scores.dtype, jnp.floating):
+            raise ValueError(f"scores must be floating point, got {scores.dtype}; convert them first")
+        if pattern.tile is not None and scores.shape[:2] != pattern.tile:
+            raise ValueError(f"{pattern} has tiles of {pattern.tile}, got scores of shape {scores.shape}")
+        return _solve(self, pattern, scores, valid)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
+    if scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)
+    nan = jnp.any(jnp.isnan(scores), axis=(0, 1))
+    if valid is not None:
+        scores = jnp.where(valid, scores, jnp.nan)  # padding, like NaN, counts as the lowest score of the tile
+    scores = jax.lax.cond(jnp.all(jnp.isfinite(scores)), lambda s: s, _replace_nonfinite, scores)
+    mask, certificate = solver.solve(scores, pattern)
+    if valid is not None:
+        mask = mask & valid
+    objective = jnp.sum(jnp.where(mask, scores, 0), axis=(0, 1))
+    return Solution(mask, objective, nan, certificate)
+
+
+def _replace_nonfinite(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
+    """NaN becomes the lowest finite score of its tile. Infinities go just far enough beyond the finite scores that no
+    exchange of these (it changes at most two entries a row) outweighs one of them: farther out they would swamp the
+    others in fixed point."""
+    most = jnp.finfo(scores.dtype).max
+    finite = jnp.isfinite(scores)
+    low = jnp.min(jnp.where(finite, scores, most), axis=(0, 1), keepdims=True)
+    high = jnp.max(jnp.where(finite, scores, -most), axis=(0, 1), keepdims=True)
+    none = low > high
+    low, high = jnp.where(none, 0, low), jnp.where(none, 0, high)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    reach = jnp.where(largest > 0, 2 * scores.shape[0] * largest, 1)
+    scores = jnp.where(scores == jnp.inf, jnp.minimum(high + reach, most), scores)
+    scores = jnp.where(scores == -jnp.inf, jnp.maximum(low - reach, -most), scores)
+    return jnp.where(jnp.isnan(scores), low, scores)
+
+
+def order_key(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Integers in the order of the scores; subnormals stay apart, which float comparisons may not grant."""
+    bits = {4: jnp.int32, 8: jnp.int64}[scores.dtype.itemsize]
+    raw = jax.lax.bitcast_convert_type(scores, bits)
+    low = jnp.iinfo(bits).min
+    return jnp.where(raw >= 0, raw, jnp.where(raw == low, 0, raw ^ jnp.iinfo(bits).max))
+
+
+def rank(keys: Int[Array, "size *rest"]) -> Int[Array, "size *rest"]:
+    """Place of every entry along the first axis in descending order; ties go to the lower index first.
+
+    All pairs are compared: for groups this is faster than sorting, and it vectorises.
+    """
+    index = jnp.arange(keys.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (keys.ndim - 1))
+    place = jnp.zeros(keys.shape, jnp.int32)
+    for k in range(keys.shape[0]):
+        other = keys[k : k + 1]
+        ahead = (other > keys) | ((other == keys) & (k < index))
+        place = place + ahead.astype(jnp.int32)
+    return place

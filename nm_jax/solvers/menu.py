@@ -1,0 +1,74 @@
+"""The choice of a solver, and solving one matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nm_jax.axes import Tiling
+from nm_jax.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
+from nm_jax.solvers.base import Solution, Solver
+from nm_jax.solvers.greedy import Greedy
+from nm_jax.solvers.topk import TopK, Window
+
+
+def default_solver(pattern: Pattern) -> Solver:
+    """The solver that `solver=None` means for a pattern."""
+    for kind, solver in ((NM | Unstructured, TopK()), (SequentialNM, Window()), (TransposableNM, Greedy())):
+        if isinstance(pattern, kind):
+            return solver
+    raise ValueError(f"no solver is known for {pattern!r}; pass solver=")
+
+
+def solve(
+    scores: Float[Array, "..."],
+    pattern: str | Pattern,
+    solver: Solver | None = None,
+    *,
+    axes: str = "io",
+    partial: str = "error",
+) -> Bool[Array, "..."]:
+    """The mask of one weight that keeps the most of its scores.
+
+    max sum(mask * scores)  such that  the mask has the pattern
+
+    Args:
+      scores: what to keep the most of, for instance `abs(w)`; used as given, negatives included. Any float dtype.
+      pattern: a pattern or its string; n:m means n kept of m.
+      solver: one of `nm_jax.solvers`; `None` picks the default for the pattern.
+      axes: one letter per dimension (`nm_jax.axes`); `"io"` is (contraction, output).
+      partial: what to do with sizes that m does not divide: `"error"`, or `"pad"` (edge tiles hold at most n).
+
+    Returns:
+      Boolean mask of the scores' shape, True = kept.
+
+    Raises:
+      ValueError: for NaN among the scores (when they are concrete; under `jit` NaN counts as the lowest score),
+        integer scores, axes or a pattern that do not fit.
+
+    Works under `jit` and `vmap`; masks have no gradient.
+    """
+    pattern = parse_pattern(pattern)
+    scores = jnp.asarray(scores)
+    if partial not in ("error", "pad"):
+        raise ValueError(f"partial must be 'error' or 'pad' for one matrix, got {partial!r}")
+    tiling = Tiling.of(scores.shape, axes, pattern)
+    if partial == "error":
+        for axis, size, tile in tiling.ragged:
+            raise ValueError(f"the {axis} axis has size {size}, which {tile} does not divide; pass partial='pad'")
+    mask, nan = _solve_matrix(scores, tiling, pattern, solver)
+    if not isinstance(nan, jax.core.Tracer) and bool(nan):
+        raise ValueError(f"{int(jnp.isnan(scores).sum())} scores are NaN; remove them before finding a mask")
+    return mask
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _solve_matrix(scores, tiling: Tiling, pattern: Pattern, solver: Solver | None):
+    solution = solve_tiles(tiling.split(scores), pattern, solver, tiling.valid())
+    return tiling.join(solution.mask), jnp.any(solution.nan)
+
+
+def solve_tiles(scores, pattern: Pattern, solver: Solver | None = None, valid=None) -> Solution:
+    """`solver(scores, pattern, valid)`, with the default solver of the pattern in place of `None`."""
+    return (solver or default_solver(pattern))(scores, pattern, valid)

@@ -1,0 +1,51 @@
+"""Patterns whose optimum is a sort: n:m groups, sequential windows, and the unstructured threshold."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+
+from nm_jax.patterns import NM, SequentialNM, Unstructured
+from nm_jax.solvers.base import Solver, order_key, rank
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Solver):
+    """Keeps the n largest scores of every group, or the largest scores of a whole leaf: the optimum.
+
+    Ties go to the lower index. O(m) elementwise passes for n:m; one sort for unstructured masks.
+    """
+
+    def supports(self, pattern):
+        return isinstance(pattern, NM | Unstructured)
+
+    def solve(self, scores, pattern):
+        keys = order_key(scores)
+        if isinstance(pattern, NM):
+            return rank(keys) < pattern.n, None
+        flat = keys.reshape(keys.shape[0] * keys.shape[1], *keys.shape[2:])
+        # Ascending order of the complement is descending order, and stable: ties go to the lower index.
+        order = jnp.argsort(~flat, axis=0, stable=True)
+        kept = jnp.arange(flat.shape[0]).reshape(-1, *[1] * (flat.ndim - 1)) < pattern.kept(flat.shape[0])
+        kept = jnp.broadcast_to(kept, flat.shape)
+        mask = jnp.put_along_axis(jnp.zeros(flat.shape, bool), order, kept, axis=0, inplace=False)
+        return mask.reshape(keys.shape), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Solver):
+    """Prunes the window of m - n consecutive entries with the smallest sum of scores: the optimum for n:m-S.
+
+    Ties keep the lower indices. O(n) elementwise passes.
+    """
+
+    def supports(self, pattern):
+        return isinstance(pattern, SequentialNM)
+
+    def solve(self, scores, pattern):
+        zeros = pattern.m - pattern.n
+        scaled = scores / zeros  # the mean of a window is finite where its sum may not be
+        sums = [functools.reduce(jnp.add, scaled[start : start + zeros]) for start in range(pattern.n + 1)]
+        first = pattern.n - jnp.argmin(jnp.stack(sums[::-1]), axis=0)[None]
+        index = jnp.arange(pattern.m).reshape(-1, *[1] * (scores.ndim - 1))
+        return (index < first) | (index >= first + zeros), None
