@@ -1,0 +1,73 @@
+"""The way the modules may import each other."""
+
+import ast
+import pathlib
+
+import pytest
+
+import nm_jax
+
+ROOT = pathlib.Path(nm_jax.__file__).parent
+# Each room may import from rooms of a smaller number only, and from its own.
+FLOORS = {
+    "patterns": 0,
+    "axes": 1,
+    "solvers": 2,
+    "rules": 3,
+    "masks": 4,
+    "ste": 4,
+    "training": 5,
+}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def room(module):
+    """`nm_jax.solvers.base` -> `solvers`."""
+    return module.removeprefix("nm_jax.").split(".")[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.module == "nm_jax":
+                yield from (f"nm_jax.{name.name}" for name in node.names)
+            else:
+                yield node.module or "relative"
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_upwards(path):
+    here = room("nm_jax." + ".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert here in FLOORS, f"give {here} a floor"
+    for module in imports(path):
+        if module.startswith("nm_jax") or module == "relative":
+            assert FLOORS[room(module)] <= FLOORS[here], f"{here} imports {module}"
+            if FLOORS[room(module)] == FLOORS[here]:
+                assert room(module) == here, f"{here} imports its neighbour {module}"
+
+
+def test_no_import_hides_in_a_function():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+                assert not inner, f"{path.name}: {node.name} imports lazily"
+
+
+def test_the_interface_of_solvers_knows_no_solver():
+    modules = set(imports(ROOT / "solvers" / "base.py"))
+    assert not [m for m in modules if m.startswith("nm_jax.solvers")]
+
+
+def test_solvers_know_nothing_of_optax():
+    for path in (ROOT / "solvers").glob("*.py"):
+        assert not {m.split(".")[0] for m in imports(path)} & {"optax", "flax", "equinox"}
+
+
+def test_the_library_needs_only_its_dependencies():
+    allowed = {"jax", "jaxtyping", "numpy", "optax", "scipy", "nm_jax"}
+    standard = __import__("sys").stdlib_module_names
+    for path in ROOT.rglob("*.py"):
+        assert {m.split(".")[0] for m in imports(path)} - standard <= allowed, path.name
