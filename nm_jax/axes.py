@@ -88,13 +88,21 @@ class Tiling:
         checks = (("contraction", rows, self.rows), ("output", cols, self.cols))
         return tuple((name, size, tile) for name, size, tile in checks if size % tile)
 
+    def _matrix(self, leaf):
+        order = self._dims("b") + self._dims("i") + self._dims("o")
+        return jnp.transpose(leaf, order).reshape(self.matrix_shape)
+
+    def rows_of_tiles(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "tile_rows rows columns"]:
+        """The leaf as rows of tiles (not yet cut along the output axis), for a leaf that whole tiles fit. For most
+        layouts this moves nothing."""
+        return self._matrix(leaf).reshape(-1, self.rows, self.matrix_shape[2])
+
     def split(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "rows cols batch row_tiles col_tiles"]:
         """The leaf's tiles. Edge tiles are padded with zeros; groups never wrap into the next row."""
-        batch, rows, cols = self.matrix_shape
-        order = self._dims("b") + self._dims("i") + self._dims("o")
-        matrix = jnp.transpose(leaf, order).reshape(batch, rows, cols)
+        batch = self.matrix_shape[0]
+        matrix = self._matrix(leaf)
         if self.ragged:
-            matrix = jnp.pad(matrix, ((0, 0), (0, -rows % self.rows), (0, -cols % self.cols)))
+            matrix = jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % self.rows), (0, -matrix.shape[2] % self.cols)))
         tall, wide = matrix.shape[1] // self.rows, matrix.shape[2] // self.cols
         return matrix.reshape(batch, tall, self.rows, wide, self.cols).transpose(2, 4, 0, 1, 3)
 

@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nm_jax.axes import matrix_groups
+from nm_jax.leaves import solve_leaves
 from nm_jax.rules import DenseLeaf, Leaf, Rules, SparseLeaf, empty, path_of, resolve
-from nm_jax.solvers import Solution, Solver, solve_tiles
+from nm_jax.solvers import Solver
 
 Scores: TypeAlias = Callable[[Array], Array]
 
@@ -50,7 +52,8 @@ def compute_masks(
     values, treedef = jax.tree.flatten(params)
     weights = [value for leaf, value in zip(leaves, values, strict=True) if isinstance(leaf, SparseLeaf)]
     sparse = tuple(leaf for leaf in leaves if isinstance(leaf, SparseLeaf))
-    solved = _solve_leaves_jit(sparse, _scores(sparse, weights, scores), solver)
+    transform = jnp.abs if scores is None else None
+    solved = _solve_leaves_jit(sparse, _scores(sparse, weights, scores), solver, transform)
     for leaf, solution in zip(sparse, solved, strict=True):
         if not isinstance(solution.nan, jax.core.Tracer) and bool(solution.nan):
             raise ValueError(f"{leaf.path}: scores are NaN; find out where they come from before computing masks")
@@ -65,8 +68,10 @@ def compute_masks(
 
 
 def _scores(leaves: Sequence[SparseLeaf], weights: list[Array], scores) -> list[Array]:
-    if scores is None or callable(scores):
-        given = [jnp.abs(w) if scores is None else scores(w) for w in weights]
+    if scores is None:
+        given = weights  # their magnitudes, taken by the solve
+    elif callable(scores):
+        given = [scores(w) for w in weights]
     else:
         by_path = leaves_by_path(scores)
         for leaf in leaves:
@@ -89,44 +94,7 @@ def _dense(leaves: Sequence[Leaf]) -> tuple[DenseLeaf, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, DenseLeaf))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SolvedLeaf:
-    """The mask of one leaf and what its solver says of it.
-
-    Attributes:
-      mask: True = kept, in the shape of the leaf.
-      nan: whether its scores had NaN.
-      gap: how far its objective is from the proved optimum, relative to the objective; 0 is proved optimal (up to the
-        grid of the solver), -1 means that the solver gives no proof.
-    """
-
-    mask: Bool[Array, "..."]
-    nan: Bool[Array, ""]
-    gap: Float[Array, ""]
-
-
-def solve_leaves(
-    leaves: Sequence[SparseLeaf], scores: Sequence[Float[Array, "..."]], solver: Solver | None
-) -> list[SolvedLeaf]:
-    """Masks of the sparse leaves, one solve per leaf."""
-    solved = []
-    for leaf, score in zip(leaves, scores, strict=True):
-        tiling = leaf.tiling
-        solution = solve_tiles(tiling.split(score), leaf.pattern, solver, tiling.valid())
-        solved.append(SolvedLeaf(tiling.join(solution.mask), jnp.any(solution.nan), _relative_gap(solution)))
-    return solved
-
-
-_solve_leaves_jit = jax.jit(solve_leaves, static_argnums=(0, 2))
-
-
-def _relative_gap(solution: Solution) -> Float[Array, ""]:
-    if solution.certificate is None:
-        return jnp.float32(-1)
-    gap = jnp.sum(solution.certificate.gap * solution.certificate.unit)
-    total = jnp.sum(jnp.abs(solution.objective))
-    return jnp.where(gap > 0, gap / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), 0).astype(jnp.float32)
+_solve_leaves_jit = jax.jit(solve_leaves, static_argnums=(0, 2, 3))
 
 
 def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None]) -> PyTree[Array]:
@@ -310,6 +278,14 @@ def verify(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _report_leaf(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
+    examine = functools.partial(_examine, leaf)
+    if AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types:
+        # Explicit meshes have no sharding for groups of a sharded axis; the partitioner finds one.
+        examine = jax.sharding.auto_axes(examine, out_sharding=PartitionSpec())
+    return examine(value, original)
+
+
+def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
     kept = value if value.dtype == jnp.bool_ else _nonzero(value)
     pattern, count = leaf.pattern, jnp.sum(kept)
     row = LeafReport(leaf, ok=jnp.all(pattern.allows(leaf.tiling.split(kept))), kept=count / kept.size)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from nm_jax.masks import Scores, SolvedLeaf, fill, leaves_by_path, solve_leaves
+from nm_jax.leaves import SolvedLeaf, solve_leaves
+from nm_jax.masks import Scores, fill, leaves_by_path
 from nm_jax.rules import Leaf, Rules, SparseLeaf, empty, parse_rules, path_of, resolve
 from nm_jax.solvers import Solver
 from nm_jax.ste import sr_ste_term
@@ -95,8 +96,9 @@ def sparse_training(
 
     Returns:
       A transformation whose `update` needs `params`. State: the inner state, 4 bytes (dense copy, float32) and 1 byte
-      (mask) per sparse weight. A refresh is a `jax.lax.cond`; other steps add elementwise work only. Under `jax.vmap`
-      the condition becomes a select, and every step pays for a refresh.
+      (mask) per sparse weight. Masks are found inside the compiled step, when due; other steps add elementwise work
+      only. Under `jax.vmap` a refresh is run for all members when it is due for one: with steps in common, as in an
+      ensemble, that is when it is due.
 
     Composition:
       - Make it the *last* link of `optax.chain`: what follows would scale or clip `mask * dense - params`. Clipping,
@@ -118,10 +120,12 @@ def sparse_training(
     if decay < 0:
         raise ValueError(f"decay must not be negative, got {decay}")
     inner = optax.with_extra_args_support(inner)
-    score = jnp.abs if scores is None else scores
 
     def find_masks(leaves, weights):
-        solved = solve_leaves(leaves, [score(w) for w in weights], solver)
+        if scores is None:
+            solved = solve_leaves(leaves, weights, solver, transform=jnp.abs)
+        else:
+            solved = solve_leaves(leaves, [scores(w) for w in weights], solver)
         return [s.mask for s in solved], solved
 
     def init(params):
@@ -168,10 +172,12 @@ def sparse_training(
         else:
             stored = _for_leaves(state.dense, leaves, "dense weights")
             dense = [w if d is None else d for w, d in zip(weights, stored, strict=True)]
-            gradients = [
-                g if m is None else g.astype(d.dtype) + sr_ste_term(d, m, decay)
-                for g, m, d in zip(gradients, masks, dense, strict=True)
-            ]
+            gradients = [g if m is None else g.astype(d.dtype) for g, m, d in zip(gradients, masks, dense, strict=True)]
+            if decay:
+                gradients = [
+                    g if m is None else g + sr_ste_term(d, m, decay)
+                    for g, m, d in zip(gradients, masks, dense, strict=True)
+                ]
         inner_updates, inner_state = inner.update(
             treedef.unflatten(gradients), state.inner, treedef.unflatten(dense), **extra_args
         )
@@ -180,13 +186,16 @@ def sparse_training(
         kept = [m for m in masks if m is not None]
         due = _due(step, refresh_every, begin_step, end_step)
         if due is not None and sparse:
+            # A loop of no turn or one: unlike the branches of `lax.cond`, it leaves masks that stay where they are (XLA
+            # would copy them, twice, on every step). Nothing in it has a gradient; `update` as a whole still does.
+            frozen, stats = jax.lax.stop_gradient((moved, state.stats))
 
-            def refresh(kept, moved, stats):
-                del stats
-                found, solved = find_masks(sparse, moved)
-                return found, _stats(kept, found, moved, solved)
+            def refresh(carry):
+                _, old, _ = carry
+                found, solved = find_masks(sparse, frozen)
+                return jnp.zeros((), bool), found, _stats(old, found, frozen, solved)
 
-            kept, stats = jax.lax.cond(due, refresh, lambda kept, moved, stats: (kept, stats), kept, moved, state.stats)
+            _, kept, stats = jax.lax.while_loop(lambda carry: carry[0], refresh, (due, kept, stats))
         else:
             stats = state.stats
 

@@ -14,9 +14,10 @@ FLOORS = {
     "axes": 1,
     "solvers": 2,
     "rules": 3,
-    "masks": 4,
-    "ste": 4,
-    "training": 5,
+    "leaves": 4,
+    "masks": 5,
+    "ste": 5,
+    "training": 6,
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -56,7 +56,7 @@ def check_flax(kernels):
     for path, kernel in kernels.items():
         path = path.removesuffix("/value")  # the array inside a variable of NNX
         for name, (contracted, produced) in FLAX_DIMENSIONS.items():
-            if name in path.split("/") and not "bias" in path:
+            if name in path.split("/") and "bias" not in path:
                 assert_transposable(kernel, contracted, produced)
                 seen.add(name)
     assert seen == set(FLAX_DIMENSIONS)

@@ -21,12 +21,13 @@ from tests.test_training import make_params, make_step
 KILLED_AT, STEPS = 13, 30
 
 
-def transformation(name="plain"):
-    sparse = nm.sparse_training(optax.adamw(optax.cosine_decay_schedule(0.02, STEPS)), "2:4-T", refresh_every=4)
-    return {"plain": sparse, "MultiSteps": optax.MultiSteps(sparse, 2).gradient_transformation()}[name]
+def transformation(name):
+    pattern = "2:4-T" if name == "transposable" else "2:4"
+    sparse = nm.sparse_training(optax.adamw(optax.cosine_decay_schedule(0.02, STEPS)), pattern, refresh_every=4)
+    return optax.MultiSteps(sparse, 2).gradient_transformation() if name == "MultiSteps" else sparse
 
 
-def start(name="plain", dtype=jnp.float32):
+def start(name="transposable", dtype=jnp.float32):
     params, tx = make_params(dtype), transformation(name)
     return params, tx.init(params), make_step(tx)
 

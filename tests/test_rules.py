@@ -175,7 +175,7 @@ def test_leaves_that_are_not_arrays(leaf):
 
 
 def test_scalar_arrays_are_refused_in_one_line():
-    with pytest.raises(ValueError, match="no parameter becomes sparse.*0-D"):
+    with pytest.raises(ValueError, match=r"no parameter becomes sparse.*0-D"):
         resolve({"kernel": jnp.float32(1)}, "2:4")
 
 

@@ -94,8 +94,7 @@ class Solver(abc.ABC):
         """
         if not self.supports(pattern):
             raise ValueError(f"{self} does not solve {pattern}; pass solver=None for one that does")
-        if not jnp.issubdtype(scores.dtype, jnp.floating):
-            raise ValueError(f"scores must be floating point, got {scores.dtype}; convert them first")
+        check_scores(scores)
         if pattern.tile is not None and scores.shape[:2] != pattern.tile:
             raise ValueError(f"{pattern} has tiles of {pattern.tile}, got scores of shape {scores.shape}")
         return _solve(self, pattern, scores, valid)
@@ -105,10 +104,16 @@ class Solver(abc.ABC):
 def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
     if scores.dtype.itemsize < 4:
         scores = scores.astype(jnp.float32)
-    nan = jnp.any(jnp.isnan(scores), axis=(0, 1))
     if valid is not None:
-        scores = jnp.where(valid, scores, jnp.nan)  # padding, like NaN, counts as the lowest score of the tile
-    scores = jax.lax.cond(jnp.all(jnp.isfinite(scores)), lambda s: s, _replace_nonfinite, scores)
+        nan = jnp.any(jnp.isnan(scores), axis=(0, 1))
+        scores = _replace_nonfinite(jnp.where(valid, scores, jnp.nan))  # padding counts as the lowest score of its tile
+    else:
+        # A loop that hardly ever runs: unlike a `cond`, it passes the scores on without copying them.
+        scores, nan = jax.lax.while_loop(
+            lambda carry: ~jnp.all(jnp.isfinite(carry[0])),
+            lambda carry: (_replace_nonfinite(carry[0]), jnp.any(jnp.isnan(carry[0]), axis=(0, 1))),
+            (scores, scores[0, 0] != scores[0, 0]),
+        )
     mask, certificate = solver.solve(scores, pattern)
     if valid is not None:
         mask = mask & valid
@@ -131,6 +136,19 @@ def _replace_nonfinite(scores: Float[Array, "rows cols *tiles"]) -> Float[Array,
     scores = jnp.where(scores == jnp.inf, jnp.minimum(high + reach, most), scores)
     scores = jnp.where(scores == -jnp.inf, jnp.maximum(low - reach, -most), scores)
     return jnp.where(jnp.isnan(scores), low, scores)
+
+
+def check_scores(scores: Array) -> None:
+    """Raises a ValueError for scores that are not floating point."""
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise ValueError(f"scores must be floating point, got {scores.dtype}; convert them first")
+
+
+def blank(shape: tuple[int, ...], dtype, like: Array) -> Array:
+    """Zeros to begin a loop with. Inside `jax.shard_map` they differ between devices where `like` does, as the type
+    checks of a loop's carry ask."""
+    nothing = jnp.any(like[:0] != 0)  # False, with the type of `like`
+    return jnp.broadcast_to(nothing.astype(dtype), shape)
 
 
 def order_key(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:

@@ -8,14 +8,18 @@ from jaxtyping import Array, Bool, Float
 
 from nm_jax.axes import Tiling
 from nm_jax.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
-from nm_jax.solvers.base import Solution, Solver
-from nm_jax.solvers.greedy import Greedy
+from nm_jax.solvers.base import Solver
+from nm_jax.solvers.exact import Exact
+from nm_jax.solvers.flow import MinCostFlow
+from nm_jax.solvers.slabs import Solved, solve_matrices
 from nm_jax.solvers.topk import TopK, Window
 
 
 def default_solver(pattern: Pattern) -> Solver:
     """The solver that `solver=None` means for a pattern."""
-    for kind, solver in ((NM | Unstructured, TopK()), (SequentialNM, Window()), (TransposableNM, Greedy())):
+    if isinstance(pattern, TransposableNM):
+        return Exact() if Exact().supports(pattern) else MinCostFlow()  # blocks beyond m = 32 go to the host
+    for kind, solver in ((NM | Unstructured, TopK()), (SequentialNM, Window())):
         if isinstance(pattern, kind):
             return solver
     raise ValueError(f"no solver is known for {pattern!r}; pass solver=")
@@ -50,25 +54,19 @@ def solve(
     Works under `jit` and `vmap`; masks have no gradient.
     """
     pattern = parse_pattern(pattern)
-    scores = jnp.asarray(scores)
+    scores = jax.lax.stop_gradient(jnp.asarray(scores))
     if partial not in ("error", "pad"):
         raise ValueError(f"partial must be 'error' or 'pad' for one matrix, got {partial!r}")
     tiling = Tiling.of(scores.shape, axes, pattern)
     if partial == "error":
         for axis, size, tile in tiling.ragged:
             raise ValueError(f"the {axis} axis has size {size}, which {tile} does not divide; pass partial='pad'")
-    mask, nan = _solve_matrix(scores, tiling, pattern, solver)
-    if not isinstance(nan, jax.core.Tracer) and bool(nan):
+    solved = _solve_matrix(scores, tiling, pattern, solver or default_solver(pattern))
+    if not isinstance(solved.nan, jax.core.Tracer) and bool(solved.nan):
         raise ValueError(f"{int(jnp.isnan(scores).sum())} scores are NaN; remove them before finding a mask")
-    return mask
+    return solved.mask
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _solve_matrix(scores, tiling: Tiling, pattern: Pattern, solver: Solver | None):
-    solution = solve_tiles(tiling.split(scores), pattern, solver, tiling.valid())
-    return tiling.join(solution.mask), jnp.any(solution.nan)
-
-
-def solve_tiles(scores, pattern: Pattern, solver: Solver | None = None, valid=None) -> Solution:
-    """`solver(scores, pattern, valid)`, with the default solver of the pattern in place of `None`."""
-    return (solver or default_solver(pattern))(scores, pattern, valid)
+def _solve_matrix(scores, tiling: Tiling, pattern: Pattern, solver: Solver) -> Solved:
+    return solve_matrices([scores], [tiling], pattern, solver)[0]

@@ -124,7 +124,7 @@ def test_greedy_prunes_at_most_twice_the_optimum(n, m):
 
 @pytest.mark.parametrize("m", [4, 8, 16])
 def test_greedy_attains_the_tight_example(m):
-    """Fig. A.1: one pruned per row; the last row and column are as light as the diagonal and come first, corner ahead."""
+    """Fig. A.1: one pruned per row; the last row and column are as light as the diagonal, and come first."""
     block = np.full((m, m), 100.0, np.float32)
     np.fill_diagonal(block, 1.0)
     block[m - 1, :] = block[:, m - 1] = 1 - 1e-4

@@ -1,0 +1,195 @@
+"""Parameters sharded over 8 virtual devices: the masks of one device, and no weight moves to find them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import nm_jax as nm
+
+MOVES = r"all-gather|all-to-all|collective-permute"
+SPECS = {
+    "rows": P("x"),
+    "columns": P(None, "y"),
+    "both": P("x", "y"),
+    "both swapped": P("y", "x"),
+    "rows over both": P(("x", "y")),
+    "replicated": P(),
+}
+RULES = [("bias", None), ("conv", "2:4-T", "bbio"), ("query", "2:4-T", "ioo"), ("plain", "2:4"), ("kernel", "2:4-T")]
+
+
+def mesh(kind):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind), devices=jax.devices()[:8])
+
+
+def make_params():
+    keys = jax.random.split(jax.random.key(0), 5)
+    return {
+        "a": {"kernel": jax.random.normal(keys[0], (64, 128)), "bias": jnp.zeros(128)},
+        "b": {"kernel": jax.random.normal(keys[1], (128, 64))},
+        "conv": jax.random.normal(keys[2], (3, 3, 32, 64)),
+        "query": jax.random.normal(keys[3], (64, 8, 16)),
+        "plain": jax.random.normal(keys[4], (64, 64)),
+    }
+
+
+def shardings(the_mesh, spec):
+    return {
+        "a": {"kernel": NamedSharding(the_mesh, spec), "bias": NamedSharding(the_mesh, P())},
+        "b": {"kernel": NamedSharding(the_mesh, spec)},
+        "conv": NamedSharding(the_mesh, P(None, None, *spec)),
+        "query": NamedSharding(the_mesh, spec),
+        "plain": NamedSharding(the_mesh, spec),
+    }
+
+
+def on_one_device(function, *args):
+    return jax.tree.map(np.asarray, jax.jit(function)(*args))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_masks_are_those_of_one_device_and_nothing_moves(kind, spec):
+    params, the_mesh = make_params(), mesh(kind)
+
+    def find(params):
+        return nm.compute_masks(params, RULES)
+
+    expected = on_one_device(find, params)
+    with jax.set_mesh(the_mesh):
+        sharded = jax.device_put(params, shardings(the_mesh, SPECS[spec]))
+        compiled = jax.jit(find).lower(sharded).compile()
+        assert not re.findall(MOVES, compiled.as_text())
+        found = compiled(sharded)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        where = found["a"]["kernel"].sharding
+        assert where.is_equivalent_to(sharded["a"]["kernel"].sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_report_of_sharded_leaves(kind):
+    params, the_mesh = make_params(), mesh(kind)
+    _, expected = nm.compute_masks(params, RULES, return_report=True)
+    with jax.set_mesh(the_mesh):
+        sharded = jax.device_put(params, shardings(the_mesh, P("x", "y")))
+        _, report = jax.jit(lambda p: nm.compute_masks(p, RULES, return_report=True))(sharded)
+    assert str(report) == str(expected)
+    assert "optimal, proved" in str(report)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", ["rows", "columns", "both"])
+def test_a_training_step_moves_no_weights_to_refresh(kind, spec):
+    """The whole update, refresh included, on gradients sharded as the parameters are."""
+    params, the_mesh = make_params(), mesh(kind)
+    tx = nm.sparse_training(optax.adam(0.1), RULES, refresh_every=2)
+
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(lambda p: 0.1 * p + 0.01, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, expected_state = params, tx.init(params)
+    for _ in range(4):
+        expected, expected_state = jax.jit(step)(expected, expected_state)
+
+    with jax.set_mesh(the_mesh):
+        sharded = jax.device_put(params, shardings(the_mesh, SPECS[spec]))
+        state = jax.jit(tx.init)(sharded)
+        assert state.dense["a"]["kernel"].sharding.is_equivalent_to(sharded["a"]["kernel"].sharding, 2)
+        assert not re.findall(MOVES, jax.jit(step).lower(sharded, state).compile().as_text())
+        for _ in range(4):
+            sharded, state = jax.jit(step)(sharded, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), sharded, expected)
+    np.testing.assert_allclose(nm.refresh_stats(state).flip_rate, nm.refresh_stats(expected_state).flip_rate, rtol=1e-5)
+    np.testing.assert_allclose(nm.refresh_stats(state).retained, nm.refresh_stats(expected_state).retained, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec", "message"),
+    [
+        ("io", (24, 16), P("x"), "w: the contraction axis is sharded in pieces of 6, which 4 does not divide"),
+        ("io", (16, 12), P(None, "y"), "w: the output axis is sharded in pieces of 6, which 4 does not divide"),
+        ("oi", (24, 16), P("x"), "w: the output axis is sharded in pieces of 6"),
+        ("iio", (8, 12, 16), P(None, "x"), "w: the contraction axis is sharded in pieces of 3"),
+    ],
+)
+def test_shards_that_end_inside_a_tile_are_named(kind, axes, shape, spec, message):
+    weight, the_mesh = jax.random.normal(jax.random.key(0), shape), mesh(kind)
+    expected = nm.compute_masks({"w": weight}, [("w", "2:4-T", axes)])
+    with jax.set_mesh(the_mesh):
+        sharded = {"w": jax.device_put(weight, NamedSharding(the_mesh, spec))}
+        with pytest.warns(UserWarning, match=message):
+            found = nm.compute_masks(sharded, [("w", "2:4-T", axes)])
+    np.testing.assert_array_equal(found["w"], expected["w"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        ("iio", (8, 6, 16), P("y")),  # whole heads: 4 * 6 entries in a row
+        ("iio", (4, 16, 16), P(None, "x")),  # parts of heads: 4 entries in a row
+        ("ioo", (16, 4, 8), P(None, "x")),
+        ("bio", (8, 6, 16), P("x")),
+        ("oibb", (16, 16, 3, 3), P("x", "y")),
+    ],
+)
+def test_shards_that_end_between_tiles_stay(axes, shape, spec):
+    weight, the_mesh = jax.random.normal(jax.random.key(0), shape), mesh(AxisType.Auto)
+    rules = [("w", "2:4-T", axes)]
+    partial = "pad" if axes == "bio" else "skip"
+    expected = nm.compute_masks({"w": weight}, rules, partial=partial)
+    with jax.set_mesh(the_mesh):
+        sharded = {"w": jax.device_put(weight, NamedSharding(the_mesh, spec))}
+        find = jax.jit(lambda p: nm.compute_masks(p, rules, partial=partial))
+        assert not re.findall(MOVES, find.lower(sharded).compile().as_text())
+        np.testing.assert_array_equal(find(sharded)["w"], expected["w"])
+
+
+def test_without_a_mesh_in_context():
+    """Shardings that come with the arguments alone, as most training loops have them."""
+    params, the_mesh = make_params(), mesh(AxisType.Auto)
+    expected = on_one_device(lambda p: nm.compute_masks(p, RULES), params)
+    sharded = jax.device_put(params, shardings(the_mesh, P("x", "y")))
+    find = jax.jit(lambda p: nm.compute_masks(p, RULES))
+    assert not re.findall(MOVES, find.lower(sharded).compile().as_text())
+    jax.tree.map(np.testing.assert_array_equal, find(sharded), expected)
+    jax.tree.map(np.testing.assert_array_equal, nm.compute_masks(sharded, RULES), expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    """In a manual region a leaf is what the device holds."""
+    weight, the_mesh = jax.random.normal(jax.random.key(0), (64, 32)), mesh(AxisType.Auto)
+    expected = nm.compute_masks({"w": weight}, [("w", "2:4-T")])["w"]
+    local = jax.shard_map(
+        lambda w: nm.compute_masks({"w": w}, [("w", "2:4-T")])["w"],
+        mesh=the_mesh,
+        in_specs=P("x", "y"),
+        out_specs=P("x", "y"),
+        check_vma=check_vma,
+    )
+    np.testing.assert_array_equal(jax.jit(local)(weight), expected)
+
+
+def test_nan_on_one_device_is_flagged_everywhere():
+    the_mesh = mesh(AxisType.Auto)
+    weight = jnp.ones((64, 32)).at[50, 3].set(jnp.nan)
+    sharded = {"w": jax.device_put(weight, NamedSharding(the_mesh, P("x", "y")))}
+    _, report = jax.jit(lambda p: nm.compute_masks(p, [("w", "2:4-T")], return_report=True))(sharded)
+    assert report["w"].nan
+    with pytest.raises(ValueError, match="w: scores are NaN"):
+        nm.compute_masks(sharded, [("w", "2:4-T")])
+
+
+def test_unstructured_masks_are_those_of_one_device():
+    weight, the_mesh = jax.random.normal(jax.random.key(0), (64, 32)), mesh(AxisType.Auto)
+    expected = nm.compute_masks({"w": weight}, [("w", "US-0.75")])["w"]
+    sharded = jax.device_put(weight, NamedSharding(the_mesh, P("x", "y")))
+    np.testing.assert_array_equal(nm.compute_masks({"w": sharded}, [("w", "US-0.75")])["w"], expected)
