@@ -84,7 +84,9 @@ def test_the_report_of_sharded_leaves(kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("spec", ["rows", "columns", "both"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param("rows", marks=pytest.mark.slow), pytest.param("columns", marks=pytest.mark.slow), "both"]
+)
 def test_a_training_step_moves_no_weights_to_refresh(kind, spec):
     """The whole update, refresh included, on gradients sharded as the parameters are."""
     params, the_mesh = make_params(), mesh(kind)
