@@ -42,6 +42,7 @@ def optimum(block, pattern):
     For at most n, the block is padded with zeros to twice its size and exactly n are kept in every row and column:
     whatever is missing to n finds a place in the padding.
     """
+    block = np.asarray(block, np.int64)
     if pattern.at_most:
         block = np.pad(np.maximum(block, 0), (0, pattern.m))
     m, n = len(block), pattern.n
