@@ -27,15 +27,13 @@ import matplotlib
 import numpy as np
 import optax
 import scipy
-import scipy.sparse
-from ortools.graph.python import min_cost_flow
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import linprog
 
+import nm_jax as nm
+from experiments import baselines
 from nm_jax import TransposableNM, parse_pattern
-from nm_jax.axes import Tiling
-from nm_jax.solvers import Exact, Greedy, IntegerProgram, MinCostFlow, solve, solve_tiles
+from nm_jax.solvers import Exact, Greedy, IntegerProgram, MinCostFlow
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -72,9 +70,10 @@ def blocks_of(kind: str, m: int, count: int, seed: int = 0) -> np.ndarray | None
 
 
 def _tiles(matrix: np.ndarray, m: int) -> np.ndarray:
-    rows, cols = (size // m * m for size in matrix.shape)
-    tiling = Tiling((rows, cols), "io", m, m)
-    return np.asarray(tiling.split(jnp.asarray(matrix[:rows, :cols]))).reshape(m, m, -1)
+    """The m x m tiles of a matrix, (m, m, tiles)."""
+    tall, wide = (size // m for size in matrix.shape)
+    tiles = matrix[: tall * m, : wide * m].reshape(tall, m, wide, m)
+    return tiles.transpose(1, 3, 0, 2).reshape(m, m, -1)
 
 
 @functools.cache
@@ -119,75 +118,6 @@ DISTRIBUTIONS = {
 # -------------------------------------------------------------------------------------------------------------- methods
 
 
-def ortools_masks(grid: np.ndarray, pattern: TransposableNM, together: int = 64) -> np.ndarray:
-    """`SimpleMinCostFlow` on integer scores (m, m, blocks), many blocks in one network."""
-    m, n, blocks = pattern.m, pattern.n, grid.shape[2]
-    mask = np.zeros(grid.shape, bool)
-    for start in range(0, blocks, together):
-        part = grid[:, :, start : start + together]
-        count = part.shape[2]
-        row, col, block = np.meshgrid(np.arange(m), np.arange(m), np.arange(count), indexing="ij")
-        flow = min_cost_flow.SimpleMinCostFlow()
-        tails, heads = (2 * block * m + row).ravel(), (2 * block * m + m + col).ravel()
-        arcs = flow.add_arcs_with_capacity_and_unit_cost(tails, heads, np.ones_like(tails), -part.ravel())
-        nodes = np.arange(2 * count * m)
-        rows, cols = nodes[nodes // m % 2 == 0], nodes[nodes // m % 2 == 1]
-        if pattern.at_most:  # rows may leave units with a drain, and columns may take them from it
-            drain = np.full_like(rows, 2 * count * m)
-            room, free = np.full_like(rows, n), np.zeros_like(rows)
-            flow.add_arcs_with_capacity_and_unit_cost(rows, drain, room, free)
-            flow.add_arcs_with_capacity_and_unit_cost(drain, cols, room, free)
-        flow.set_nodes_supplies(nodes, np.where(nodes // m % 2 == 0, n, -n))
-        if flow.solve() != flow.OPTIMAL:
-            raise RuntimeError("OR-tools found no optimum")
-        mask[:, :, start : start + together] = flow.flows(arcs).reshape(part.shape) > 0
-    return mask
-
-
-def _ortools(scores, pattern):
-    scores = np.asarray(scores, np.float64)
-    scale = 2**24 / np.maximum(np.abs(scores).max((0, 1)), 1e-300)
-    return ortools_masks(np.rint(scores * scale).astype(np.int64), pattern)
-
-
-def _highs(scores, pattern, together=64):
-    """The linear programme of many blocks at once; its vertices are integer."""
-    m, blocks = pattern.m, scores.shape[2]
-    scores = np.moveaxis(np.asarray(scores, np.float64), 2, 0)
-    mask = np.zeros(scores.shape, bool)
-    eye, ones = scipy.sparse.eye(m), np.ones((1, m))
-    sums = scipy.sparse.vstack([scipy.sparse.kron(eye, ones), scipy.sparse.kron(ones, eye)])
-    for start in range(0, blocks, together):
-        part = scores[start : start + together]
-        matrix = scipy.sparse.kron(scipy.sparse.eye(len(part)), sums, format="csr")
-        found = linprog(-part.ravel(), A_eq=matrix, b_eq=np.full(matrix.shape[0], pattern.n), bounds=(0, 1))
-        mask[start : start + together] = found.x.reshape(part.shape) > 0.5
-    return np.moveaxis(mask, 0, 2)
-
-
-def _entropic(scores, pattern, iterations=300, sharpness=200.0):
-    """In TSENOR's style: entropic optimal transport with capacities by Dykstra's algorithm, then rounded.
-
-    The plan is rounded by this library's greedy with completion; scores decide among entries of equal plan.
-    """
-    scores = scores / jnp.maximum(jnp.max(scores, axis=(0, 1), keepdims=True), 1e-30)
-    z = scores * sharpness
-    # Centred on the n-th largest: from the largest, at this temperature, most of a row would underflow.
-    z = z - jnp.sort(z, axis=1)[:, pattern.m - pattern.n][:, None]
-    z = z - jnp.sort(z, axis=0)[pattern.m - pattern.n][None]
-    z = jnp.clip(z, -80, 80)
-
-    def project(_, state):
-        plan, dual = state
-        plan = plan * (pattern.n / jnp.sum(plan, axis=1, keepdims=True))
-        plan = plan * (pattern.n / jnp.sum(plan, axis=0, keepdims=True))
-        unclipped = plan * dual
-        return jnp.minimum(unclipped, 1), jnp.maximum(unclipped, 1)
-
-    plan, _ = jax.lax.fori_loop(0, iterations, project, (jnp.exp(z), jnp.ones_like(z)))
-    return Greedy()(scores + 4 * plan, pattern).mask
-
-
 def _library(solver):
     return lambda scores, pattern: solver(scores, pattern).mask
 
@@ -197,10 +127,10 @@ METHODS = {
     "Exact": (_library(Exact()), True),
     "Greedy (2-approximation, completed)": (_library(Greedy()), True),
     "Greedy (Algorithm 1 to the letter)": (_library(Greedy(complete=False)), True),
-    "entropic transport, TSENOR's style": (_entropic, True),
-    "OR-tools min-cost flow": (_ortools, False),
+    "entropic transport, TSENOR's style": (baselines.entropic, True),
+    "OR-tools min-cost flow": (baselines.ortools, False),
     "MinCostFlow (assignment gadget)": (_library(MinCostFlow()), False),
-    "HiGHS LP": (_highs, False),
+    "HiGHS LP": (baselines.highs, False),
     "IntegerProgram": (_library(IntegerProgram()), False),
 }
 
@@ -219,13 +149,10 @@ def median_time(call, runs: int) -> float:
     return float(np.median(times))
 
 
-def matrix_time(shape, pattern, runs, solver=None, scores=None) -> float:
+def matrix_time(shape: tuple[int, int], pattern: str, runs: int) -> float:
     """From a float32 matrix to its boolean mask."""
-    if scores is None:
-        scores = np.random.default_rng(0).standard_normal(shape, np.float32)
-    run = jax.jit(lambda w: solve(jnp.abs(w), pattern, solver or Exact()))
-    scores = jnp.asarray(scores)
-    return median_time(lambda: run(scores), runs)
+    scores = jnp.asarray(np.abs(np.random.default_rng(0).standard_normal(shape, np.float32)))
+    return median_time(lambda: nm.solve(scores, pattern), runs)
 
 
 def compare(quick: bool) -> list[dict]:
@@ -291,7 +218,7 @@ def check_exactness(quick: bool) -> dict:
                 ratio = wanted.astype(np.float64) / np.asarray(solution.certificate.unit, np.float64)
                 grid = (np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)).astype(np.int64)
                 found = (grid * np.asarray(solution.mask)).sum((0, 1))
-                optimum = (grid * ortools_masks(grid, pattern)).sum((0, 1))
+                optimum = (grid * baselines.ortools_integer(grid, pattern)).sum((0, 1))
                 blocks += scores.shape[2]
                 wrong += int((found != optimum).sum())
                 unproved += int(jnp.sum(solution.certificate.gap != 0))
@@ -378,7 +305,7 @@ def whole_models(quick: bool) -> list[dict]:
             fits = {s: count for s, count in shapes.items() if s[-1] % pattern.m == 0}
             weights = sum(int(np.prod(s)) * count for s, count in fits.items())
             if model == "ResNet-50":
-                seconds, compile_seconds = _tree_time(fits, pattern)
+                seconds, compile_seconds = _tree_time(fits, name)
             else:
                 seconds = sum(matrix_time(s, name, 2) * count for s, count in fits.items())
                 compile_seconds = None
@@ -388,48 +315,50 @@ def whole_models(quick: bool) -> list[dict]:
     return rows
 
 
-def _tree_time(shapes, pattern) -> tuple[float, float]:
-    leaves = [s for s, count in shapes.items() for _ in range(count)]
-    tilings = [Tiling.of(s, "bbio" if len(s) == 4 else "io", pattern) for s in leaves]
-
-    def all_masks(weights):
-        tiles = [t.split(jnp.abs(w)) for t, w in zip(tilings, weights, strict=True)]
-        flat = jnp.concatenate([t.reshape(*pattern.tile, -1) for t in tiles], axis=2)
-        mask = solve_tiles(flat, pattern, Exact()).mask
-        ends = np.cumsum([t[0, 0].size for t in tiles])[:-1]
-        parts = jnp.split(mask, ends, axis=2)
-        return [t.join(p.reshape(x.shape)) for t, p, x in zip(tilings, parts, tiles, strict=True)]
-
+def _tree_time(shapes: dict[tuple[int, ...], int], pattern: str) -> tuple[float, float]:
+    """Seconds of `compute_masks` on all layers, and of its compilation."""
     rng = np.random.default_rng(0)
-    weights = [jnp.asarray(rng.standard_normal(s, np.float32)) for s in leaves]
+    layers = [shape for shape, count in shapes.items() for _ in range(count)]
+    weights = {
+        f"{'conv' if len(shape) == 4 else 'dense'}{k}": jnp.asarray(rng.standard_normal(shape, np.float32))
+        for k, shape in enumerate(layers)
+    }
+    rules = [("conv", pattern, "bbio"), ("dense", pattern, "io")]
+    rules = [rule for rule in rules if any(rule[0] in name for name in weights)]
+    run = jax.jit(lambda weights: nm.compute_masks(weights, rules))
     start = time.perf_counter()
-    compiled = jax.jit(all_masks).lower(weights).compile()
+    compiled = run.lower(weights).compile()
     compile_seconds = time.perf_counter() - start
     return median_time(lambda: compiled(weights), 3), compile_seconds
 
 
 def overhead(comparison: list[dict], quick: bool) -> list[dict]:
-    """What a refresh every 40 steps adds to a training step of six 1024 x 1024 layers, 4:8-T."""
+    """What a refresh every 40 steps adds to a training step of six 1024 x 1024 layers, 4:8-T, batch 512."""
     size, layers, batch = 1024, 6, 512
     rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.standard_normal((size, size), np.float32) / 32) for _ in range(layers)]
+    params = {f"layer{k}": jnp.asarray(rng.standard_normal((size, size), np.float32) / 32) for k in range(layers)}
     x = jnp.asarray(rng.standard_normal((batch, size), np.float32))
-    tx = optax.adamw(1e-3)
 
-    def loss(params, x):
-        for w in params:
-            x = jax.nn.relu(x @ w)
-        return jnp.mean(x**2)
+    def loss(params):
+        y = x
+        for w in params.values():
+            y = jax.nn.relu(y @ w)
+        return jnp.mean(y**2)
 
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
-        return optax.apply_updates(params, updates), state
+    def stepper(tx):
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
-    step_seconds = median_time(lambda: step(params, state), 5 if quick else 20)
-    same = [r for r in comparison if (r["weights"], r["pattern"]) == ("Gaussian", "4:8-T")]
-    rates = {r["method"]: r["blocks_per_s"] for r in same}
+        return step
+
+    runs = 5 if quick else 15
+    plain = optax.adamw(1e-3)
+    plain_step, plain_state = stepper(plain), plain.init(params)
+    rates = {
+        r["method"]: r["blocks_per_s"] for r in comparison if (r["weights"], r["pattern"]) == ("Gaussian", "4:8-T")
+    }
     rows = []
     for label, method, solver in (
         ("integer program", "IntegerProgram", None),
@@ -439,21 +368,25 @@ def overhead(comparison: list[dict], quick: bool) -> list[dict]:
         ("2-approximation", "Greedy (2-approximation, completed)", Greedy()),
         ("exact on the device", "Exact", Exact()),
     ):
+        plain_seconds = median_time(lambda: plain_step(params, plain_state), runs)
         if solver is None:
-            seconds, how = layers * (size // 8) ** 2 / rates[method], "from its rate"
+            refresh_seconds, how = layers * (size // 8) ** 2 / rates[method], "from its rate"
         else:
-            refresh = jax.jit(lambda params, solver=solver: [solve(jnp.abs(w), "4:8-T", solver) for w in params])
-            seconds, how = median_time(lambda refresh=refresh: refresh(params), 5), "measured"
+            tx = nm.sparse_training(plain, [("layer", "4:8-T")], refresh_every=REFRESH_EVERY, solver=solver)
+            step, state = stepper(tx), tx.init(params)
+            due = state._replace(step=jnp.int32(REFRESH_EVERY - 1))
+            seconds = [median_time(lambda s=s, step=step: step(params, s), runs) for s in (state, due)]
+            refresh_seconds, how = seconds[1] - seconds[0], "measured"
         paper = PAPER_OVERHEAD.get(label, (None, None))
         rows.append(
             {
                 "method": method,
-                "refresh_s": seconds,
+                "plain_step_s": plain_seconds,
+                "refresh_s": refresh_seconds,
                 "how": how,
-                "step_s": step_seconds,
-                "overhead_percent": 100 * seconds / REFRESH_EVERY / step_seconds,
-                "paper_table_2": paper[0],
-                "paper_table_a3": paper[1],
+                "overhead_percent": 100 * refresh_seconds / REFRESH_EVERY / plain_seconds,
+                "paper_4:8-T_percent": paper[0],
+                "paper_2:4-T_percent": paper[1],
             }
         )
     return rows
@@ -472,13 +405,13 @@ def show(title: str, rows: list[dict]):
 
 
 def figure(result: dict, path: Path):
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained")
     gaussian = [r for r in result["comparison"] if r["weights"] == "Gaussian"]
     for method in METHODS:
         rates = [r["blocks_per_s"] for r in gaussian if r["method"] == method]
         axes[0].plot(PATTERNS, rates, marker="o", label=method, linewidth=2.5 if method == "Exact" else 1)
     axes[0].set(yscale="log", ylabel="blocks / s", title="Gaussian blocks")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=2, frameon=False)
     for name in dict.fromkeys(r["pattern"] for r in result["scaling"]["by_blocks"]):
         rows = [r for r in result["scaling"]["by_blocks"] if r["pattern"] == name]
         axes[1].plot([r["blocks"] for r in rows], [r["blocks_per_s"] for r in rows], marker="o", label=name)
@@ -489,6 +422,9 @@ def figure(result: dict, path: Path):
         label = "at most n" if at_most else "exactly n"
         axes[2].plot([r["m"] for r in rows], [r["blocks_per_s"] * r["m"] ** 2 for r in rows], marker="o", label=label)
     axes[2].set(xscale="log", yscale="log", xlabel="m (n = m / 2)", ylabel="weights / s", title="Exact: block size")
+    axes[2].minorticks_off()
+    sizes = sorted({r["m"] for r in result["scaling"]["by_m"]})
+    axes[2].set_xticks(sizes, map(str, sizes))
     axes[2].legend()
     fig.suptitle(result["device"])
     fig.savefig(path, dpi=120)
@@ -498,9 +434,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer blocks, Gaussian only, about 3 minutes")
     quick = parser.parse_args().quick
-    kind = jax.devices()[0].device_kind
+    device = jax.devices()[0]
+    kind = f"{device.platform} {platform.machine() if device.platform == 'cpu' else device.device_kind}"
     result = {
-        "device": f"{kind}, {os.cpu_count()} CPU cores, {platform.machine()}",
+        "device": kind,
+        "cores": os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
             **{m.__name__: m.__version__ for m in (jax, np, scipy)},
@@ -522,7 +460,7 @@ def main():
     result["models"] = whole_models(quick)
     show("Whole models (BERT-large and the LLM: each shape timed, times its count)", result["models"])
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"bench_solvers_{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}{'_quick' if quick else ''}"
+    stem = RESULTS / f"bench_solvers_{re.sub(r'[^a-z0-9]+', '-', kind.lower())}{'_quick' if quick else ''}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     figure(result, stem.with_suffix(".png"))
     console.print(f"wrote {stem.name}.json and .png")

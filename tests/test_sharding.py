@@ -180,6 +180,25 @@ def test_inside_shard_map(check_vma):
     np.testing.assert_array_equal(jax.jit(local)(weight), expected)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_training_step_inside_shard_map(check_vma):
+    """Every device trains the part that it holds; the refresh is due on the second step."""
+    weight, the_mesh = jax.random.normal(jax.random.key(0), (64, 32)), mesh(AxisType.Auto)
+    tx = nm.sparse_training(optax.sgd(0.1), [("w", "2:4-T")], refresh_every=2)
+
+    def train(w):
+        params, state = {"w": w}, tx.init({"w": w})
+        for _ in range(2):
+            updates, state = tx.update({"w": jnp.roll(w, 1, axis=0)}, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["w"]
+
+    specs = {"in_specs": P("x", "y"), "out_specs": P("x", "y"), "check_vma": check_vma}
+    found = jax.jit(jax.shard_map(train, mesh=the_mesh, **specs))(weight)
+    parts = [[jax.jit(train)(part) for part in jnp.split(rows, 2, axis=1)] for rows in jnp.split(weight, 4)]
+    np.testing.assert_allclose(found, np.block(parts), rtol=1e-6)
+
+
 def test_nan_on_one_device_is_flagged_everywhere():
     the_mesh = mesh(AxisType.Auto)
     weight = jnp.ones((64, 32)).at[50, 3].set(jnp.nan)

@@ -38,7 +38,7 @@ class Solution:
 
     Attributes:
       mask: True where an entry is kept.
-      objective: sum of the kept scores of each tile.
+      objective: sum of the kept scores of each tile (of the finite ones).
       nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
       certificate: proof of optimality or the gap; `None` from solvers that give no proof.
     """
@@ -73,7 +73,9 @@ class Solver(abc.ABC):
     def solve(
         self, scores: Float[Array, "rows cols *tiles"], pattern: Pattern
     ) -> tuple[Bool[Array, "rows cols *tiles"], Certificate | None]:
-        """The mask of every tile, for finite float32 or float64 scores of a supported pattern."""
+        """The mask of every tile, for float32 or float64 scores of a supported pattern.
+
+        Scores may hold infinities and NaN: `replace_nonfinite` makes them finite."""
 
     def __call__(
         self,
@@ -104,27 +106,58 @@ class Solver(abc.ABC):
 def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
     if scores.dtype.itemsize < 4:
         scores = scores.astype(jnp.float32)
+    nan = _nan_tiles(scores)
     if valid is not None:
-        nan = jnp.any(jnp.isnan(scores), axis=(0, 1))
-        scores = _replace_nonfinite(jnp.where(valid, scores, jnp.nan))  # padding counts as the lowest score of its tile
-    else:
-        # A loop that hardly ever runs: unlike a `cond`, it passes the scores on without copying them.
-        scores, nan = jax.lax.while_loop(
-            lambda carry: ~jnp.all(jnp.isfinite(carry[0])),
-            lambda carry: (_replace_nonfinite(carry[0]), jnp.any(jnp.isnan(carry[0]), axis=(0, 1))),
-            (scores, scores[0, 0] != scores[0, 0]),
-        )
+        scores = jnp.where(valid, scores, jnp.nan)  # padding counts as the lowest score of its tile
     mask, certificate = solver.solve(scores, pattern)
     if valid is not None:
         mask = mask & valid
-    objective = jnp.sum(jnp.where(mask, scores, 0), axis=(0, 1))
-    return Solution(mask, objective, nan, certificate)
+    return Solution(mask, _objective(mask, scores), nan, certificate)
 
 
-def _replace_nonfinite(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
-    """NaN becomes the lowest finite score of its tile. Infinities go just far enough beyond the finite scores that no
+def _nan_tiles(scores: Float[Array, "rows cols *tiles"]) -> Bool[Array, "*tiles"]:
+    """Which tiles have NaN: a loop that hardly ever runs, after one look at all of them."""
+    none = blank(scores.shape[2:], bool, scores)
+    look = jnp.any(jnp.isnan(scores))
+    return jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), jnp.any(jnp.isnan(scores), axis=(0, 1))),
+        (look, none),
+    )[1]
+
+
+def _objective(
+    mask: Bool[Array, "rows cols *tiles"], scores: Float[Array, "rows cols *tiles"]
+) -> Float[Array, "*tiles"]:
+    """Sum of the kept scores of each tile that are finite."""
+    rows, cols = scores.shape[:2]
+
+    def kept(mask, scores):
+        return jnp.where(mask & jnp.isfinite(scores), scores, 0)
+
+    if cols == 1:
+        return jnp.sum(kept(mask, scores), axis=(0, 1))
+
+    # Row by row: the CPU compiler does not vectorise reductions over leading axes, but does additions.
+    def add_row(i, total):
+        row = kept(mask[i], scores[i])
+        return functools.reduce(jnp.add, [row[j] for j in range(cols)], total)
+
+    return jax.lax.fori_loop(0, rows, add_row, blank(scores.shape[2:], scores.dtype, scores))
+
+
+def replace_nonfinite(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
+    """Finite scores with the same order of preference.
+
+    NaN becomes the lowest finite score of its tile. Infinities go just far enough beyond the finite scores that no
     exchange of these (it changes at most two entries a row) outweighs one of them: farther out they would swamp the
-    others in fixed point."""
+    others in fixed point.
+    """
+    # A loop that hardly ever runs: unlike the branches of a `cond`, it passes the scores on.
+    return jax.lax.while_loop(lambda s: ~jnp.all(jnp.isfinite(s)), _replace, scores)
+
+
+def _replace(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
     most = jnp.finfo(scores.dtype).max
     finite = jnp.isfinite(scores)
     low = jnp.min(jnp.where(finite, scores, most), axis=(0, 1), keepdims=True)

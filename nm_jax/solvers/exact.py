@@ -45,7 +45,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax.patterns import TransposableNM
-from nm_jax.solvers.base import Certificate, Solver, blank
+from nm_jax.solvers.base import Certificate, Solver, blank, replace_nonfinite
 
 _MAX_M = 32  # a row of a mask is one int32
 _FAR = 1 << 30  # longer than any path, and twice that still fits
@@ -109,7 +109,8 @@ def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chu
     m, blocks = pattern.m, scores.shape[2]
 
     def descend(start, size, carry):
-        grid, unit = _quantise(lax.dynamic_slice_in_dim(scores, start, size, axis=2), pattern)
+        finite = replace_nonfinite(lax.dynamic_slice_in_dim(scores, start, size, axis=2))
+        grid, unit = _quantise(finite, pattern)
         u, v = _descend(grid, pattern)
         bits, solved = _threshold(grid, u, v, pattern)
         found = (grid, bits, v, unit, solved)
@@ -246,7 +247,10 @@ def _descend(
 
     def sweep(t, prices):
         u, v = prices
-        u = toward(u, _best_prices([grid[:, j] - v[j][None] for j in range(pattern.m)], pattern), t == 0)
+        best = _best_prices([grid[:, j] - v[j][None] for j in range(pattern.m)], pattern)
+        if pattern.at_most:  # rows leave half of the price to the columns, so that both have room above 0
+            best = jnp.where(t == 0, best >> 1, best)
+        u = toward(u, best, t == 0)
         v = toward(v, _best_prices([grid[i] - u[i][None] for i in range(pattern.m)], pattern), t == 0)
         return u, v
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nm_jax.patterns import TransposableNM
-from nm_jax.solvers.base import Solver, order_key, rank
+from nm_jax.solvers.base import Solver, order_key, rank, replace_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Greedy(Solver):
         return isinstance(pattern, TransposableNM)
 
     def solve(self, scores, pattern):
+        scores = replace_nonfinite(scores)
         keys = ~order_key(scores)  # complement: ascending order, and ties still go to the lower index
         zeros = pattern.m - pattern.n
         row_place = jnp.swapaxes(rank(jnp.swapaxes(keys, 0, 1)), 0, 1)

@@ -18,7 +18,7 @@ from nm_jax.axes import Tiling
 from nm_jax.patterns import Pattern
 from nm_jax.solvers.base import Solution, Solver, blank, check_scores
 
-_SLAB_ENTRIES = 1 << 21  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
+_SLAB_ENTRIES = 1 << 20  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
 
 
 @jax.tree_util.register_dataclass
