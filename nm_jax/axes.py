@@ -18,6 +18,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from nm_jax.patterns import Pattern
@@ -90,19 +91,21 @@ class Tiling:
 
     def _matrix(self, leaf):
         order = self._dims("b") + self._dims("i") + self._dims("o")
-        return jnp.transpose(leaf, order).reshape(self.matrix_shape)
+        return leaf.transpose(order).reshape(self.matrix_shape)
 
     def rows_of_tiles(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "tile_rows rows columns"]:
         """The leaf as rows of tiles (not yet cut along the output axis), for a leaf that whole tiles fit. For most
         layouts this moves nothing."""
         return self._matrix(leaf).reshape(-1, self.rows, self.matrix_shape[2])
 
-    def split(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "rows cols batch row_tiles col_tiles"]:
-        """The leaf's tiles. Edge tiles are padded with zeros; groups never wrap into the next row."""
+    def split(self, leaf: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array, "rows cols batch row_tiles col_tiles"]:
+        """The leaf's tiles. Edge tiles are padded with zeros; groups never wrap into the next row. Those of a numpy
+        array stay on the host."""
         batch = self.matrix_shape[0]
         matrix = self._matrix(leaf)
         if self.ragged:
-            matrix = jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % self.rows), (0, -matrix.shape[2] % self.cols)))
+            pad = np.pad if isinstance(matrix, np.ndarray) else jnp.pad
+            matrix = pad(matrix, ((0, 0), (0, -matrix.shape[1] % self.rows), (0, -matrix.shape[2] % self.cols)))
         tall, wide = matrix.shape[1] // self.rows, matrix.shape[2] // self.cols
         return matrix.reshape(batch, tall, self.rows, wide, self.cols).transpose(2, 4, 0, 1, 3)
 
@@ -113,7 +116,7 @@ class Tiling:
         matrix = tiles.transpose(2, 3, 0, 4, 1).reshape(batch, tall * self.rows, wide * self.cols)
         order = self._dims("b") + self._dims("i") + self._dims("o")
         leaf = matrix[:, :rows, :cols].reshape([self.shape[k] for k in order])
-        return jnp.transpose(leaf, [order.index(k) for k in range(len(order))])
+        return leaf.transpose([order.index(k) for k in range(len(order))])
 
     def valid(self) -> Shaped[Array, "rows cols batch row_tiles col_tiles"] | None:
         """True where a tile holds an entry of the leaf, False where it holds padding; `None` without padding."""

@@ -14,6 +14,7 @@ from nm_jax.axes import matrix_groups
 from nm_jax.leaves import solve_leaves
 from nm_jax.rules import DenseLeaf, Leaf, Rules, SparseLeaf, empty, path_of, resolve
 from nm_jax.solvers import Solver
+from nm_jax.tables import aligned
 
 Scores: TypeAlias = Callable[[Array], Array]
 
@@ -220,20 +221,12 @@ class Report:
         verdict = f"{broken} of them VIOLATE their pattern" if broken else "all have their pattern"
         lines = [
             f"{len(self.rows)} sparse {'leaf' if len(self.rows) == 1 else 'leaves'}, {verdict}",
-            *_table([row.cells() for row in self.rows]),
+            *aligned([row.cells() for row in self.rows]),
         ]
         if self.dense:
             reasons = [{"path": d.path, "shape": "x".join(map(str, d.shape)), "because": d.reason} for d in self.dense]
-            lines += ["", f"{len(self.dense)} dense {'leaf' if len(self.dense) == 1 else 'leaves'}", *_table(reasons)]
+            lines += ["", f"{len(self.dense)} dense {'leaf' if len(self.dense) == 1 else 'leaves'}", *aligned(reasons)]
         return "\n".join(lines)
-
-
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Aligned lines, without the columns that are empty everywhere."""
-    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if any(row.get(c) for row in rows)]
-    widths = {c: max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
-    cells = [{c: c for c in columns}, *rows]
-    return ["  ".join(row.get(c, "").ljust(widths[c]) for c in columns).rstrip() for row in cells]
 
 
 def _percent(share) -> str:

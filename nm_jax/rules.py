@@ -3,13 +3,16 @@
 Rules are one of
 
 - a pattern or its string (`"2:4-T"`): every leaf whose axes the frameworks' own names tell;
+- a `Plan` (`nm_jax.plan`), which was read off a model;
 - a sequence of `(path regex, pattern or None, optional axes)`: the first whose regex is found in the path decides,
-  and a leaf that none matches stays dense.
+  and a leaf that none matches stays dense, unless the last of the sequence is a bare pattern, which takes the leaves
+  that no rule matches as it would alone: `[("head", None), "2:4-T"]`.
 
 Paths are the '/'-joined keys of a leaf, without a leading `params` and without the `value` that Flax NNX appends, so
 that one rule fits the same layer everywhere.
 """
 
+import abc
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -24,17 +27,35 @@ from jaxtyping import Array
 from nm_jax.axes import Tiling, check_axes
 from nm_jax.patterns import Pattern, parse_pattern
 
-Rules: TypeAlias = (
-    str | Pattern | Sequence[tuple[str, str | Pattern | None] | tuple[str, str | Pattern | None, str | None]]
-)
-
 
 class Rule(NamedTuple):
-    """One parsed rule: leaves whose path holds `regex` get `pattern` (`None`: stay dense) along `axes`."""
+    """One parsed rule: leaves whose path holds `regex` get `pattern` (`None`: stay dense) along `axes`; with `by_name`
+    only those whose axes the frameworks' names tell."""
 
     regex: str
     pattern: Pattern | None
     axes: str | None = None
+    by_name: bool = False
+
+
+class LeafRules(abc.ABC):
+    """Rules that know every leaf of one tree by its path and shape, such as a `Plan`."""
+
+    @abc.abstractmethod
+    def as_rules(self) -> tuple[Rule, ...]:
+        """The same as rules for these paths."""
+
+    @abc.abstractmethod
+    def resolve(self, tree: Any, partial: str) -> "list[Leaf]":
+        """What `resolve` returns; a ValueError that names the first difference for another tree."""
+
+
+Rules: TypeAlias = (
+    str
+    | Pattern
+    | LeafRules
+    | Sequence[str | Pattern | tuple[str, str | Pattern | None] | tuple[str, str | Pattern | None, str | None]]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +132,15 @@ def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
     """
     if isinstance(rules, str | Pattern):
         return parse_pattern(rules)
+    if isinstance(rules, LeafRules):
+        return rules.as_rules()
     if not isinstance(rules, Sequence) or not rules:
         raise ValueError(f"rules must be a pattern like '2:4-T' or a list of (regex, pattern), got {rules!r}")
     parsed = []
-    for rule in rules:
+    for k, rule in enumerate(rules):
+        if isinstance(rule, str | Pattern) and k > 0 and k == len(rules) - 1:
+            parsed.append(Rule("", parse_pattern(rule), by_name=True))
+            continue
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) not in (2, 3):
             raise ValueError(f"a rule is (path regex, pattern or None, optional axes), got {rule!r}")
         regex, pattern, axes = (*rule, None)[:3]
@@ -147,6 +173,8 @@ def resolve(tree: Any, rules: Rules, partial: str = "skip") -> list[Leaf]:
     """
     if partial not in ("skip", "pad", "error"):
         raise ValueError(f"partial must be 'skip', 'pad' or 'error', got {partial!r}")
+    if isinstance(rules, LeafRules):
+        return rules.resolve(tree, partial)
     parsed = parse_rules(rules)
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is None)[0]
     paths = [path_of(keys) for keys, _ in nodes]
@@ -179,7 +207,7 @@ def _resolve_leaf(path: str, leaf: Any, rules: Pattern | tuple[Rule, ...], parti
             return DenseLeaf(path, shape, "no rule matches")
         if rule.pattern is None:
             return DenseLeaf(path, shape, f"by the rule {rule.regex!r}")
-        pattern, axes, explicit = rule.pattern, rule.axes, True
+        pattern, axes, explicit = rule.pattern, rule.axes, not rule.by_name
         if axes is not None and len(axes) != len(shape):
             raise ValueError(
                 f"{path}: the rule {rule.regex!r} gives axes {axes!r}, but the shape {shape} has {len(shape)} "
@@ -191,6 +219,15 @@ def _resolve_leaf(path: str, leaf: Any, rules: Pattern | tuple[Rule, ...], parti
             return DenseLeaf(path, shape, reason)
     if not (jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.bool_):
         raise ValueError(f"{path}: {pattern} needs floating point weights, got {leaf.dtype}; add ({path!r}, None)")
+    return fit(path, shape, pattern, axes, partial)
+
+
+def fit(path: str, shape: tuple[int, ...], pattern: Pattern, axes: str, partial: str) -> Leaf:
+    """The leaf with its pattern, or dense if its sizes do not allow it.
+
+    Raises:
+      ValueError: for such sizes, with `partial="error"`.
+    """
     if 0 in shape:
         return DenseLeaf(path, shape, "it has no entries")
     tiling = Tiling.of(shape, axes, pattern)

@@ -1,0 +1,399 @@
+"""Pretrained networks made sparse without training: AdaPrune, the bias fix and batch-norm tuning, on five networks.
+
+Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
+(NeurIPS 2021), Section 5 and A.1. Their Table A.1 has AdaPrune from dense (ResNet-50: 76.1 % dense, 67.4 % bias fix,
+74.4 % AdaPrune, 74.8 % with batch-norm tuning), Table A.2 from 4:8 to 2:4 and 1:2 (76.5 -> 76.4 and 75.1 %), and
+Fig. 5b from unstructured to N:M layer by layer. The figures here are of smaller networks: compare them with the rows
+"dense" and "dense + BNT" above them, which are of the same test data.
+
+    NM_JAX_DATA=<folder> python -m experiments.adaprune [--networks minilm,...] [--quick] [--report]
+
+Masks are by magnitude and optimal; the first and the last layer stay dense (in MiniLM only the embedding does).
+Calibrated on training data, judged on test data; mean and standard deviation over three calibration samples. Each part
+writes `results/adaprune_<part>.json` when it is complete; `--report` prints the tables of those that are there, and
+draws the figures. About 20 minutes a network on 2 cores.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import scipy.linalg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import nm_jax as nm
+from experiments.models import NETWORKS, Network, data, row_mask
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+PATTERNS = ("2:4", "4:8", "2:4-T", "4:8-T", "1:2")
+SEEDS = (0, 1, 2)
+# Examples to calibrate on, and to test on where there are so many.
+CALIBRATION = {"minilm": 320, "squeezenet": 250}
+IMAGES, TEST, QUICK = 1000, 5000, 500
+SPARSE = "resnet20-cifar10"  # the network of Table A.2 and Fig. 5b
+STEPS, RATE, TRAIN_BATCH = 400, 0.02, 128  # of sparse training, from the pretrained weights
+UNSTRUCTURED = "US-0.8"
+PERCENTS = (0.1, 1.0, 5.0, 10.0, 20.0, 50.0)
+LARGE = 384  # K from which the speed of a reconstruction is compared with that of Adam
+
+
+class Study:
+    """One network, its calibration samples, and what they say of its layers."""
+
+    def __init__(self, network: Network, variables: dict, quick: bool):
+        self.network, self.variables, self.params = network, variables, variables["params"]
+        count = CALIBRATION.get(network.name, IMAGES)
+        self.count, self.limit = (count // 5, QUICK) if quick else (count, TEST)
+        self.samples = [network.calibration(self.count, seed) for seed in (SEEDS[:1] if quick else SEEDS)]
+        self.tunable = "batch_stats" in variables
+        self.apply = network.apply(variables)
+
+    @functools.cached_property
+    def grams(self) -> list:
+        """The Gram matrices of every sample."""
+        masked = row_mask if self.network.name == "minilm" else None
+        leaves = self.plan("2:4")
+        return [nm.gram(self.apply, self.params, sample, leaves, masked) for sample in self.samples]
+
+    def plan(self, pattern: str) -> nm.Plan:
+        """First and last layer dense; MiniLM's last layer is inside the encoder, and as the others."""
+        last = pattern if self.network.name == "minilm" else None
+        return nm.plan(self.apply, self.params, *self.samples[0][0], pattern=pattern, last=last)
+
+    def evaluate(self, params: Any, stats: Any = None) -> float:
+        """The metric with other weights, in percent."""
+        others = {} if stats is None else {"batch_stats": stats}
+        return self.network.evaluate(self.variables | {"params": params} | others, self.limit)
+
+    def evaluate_tuned(self, params: Any, sample: list) -> float:
+        """The same, after batch-norm tuning."""
+        update = functools.partial(self._updated, params)
+        return self.evaluate(params, nm.tune_batch_norm(update, self.variables["batch_stats"], sample))
+
+    @functools.cached_property
+    def _updated(self) -> Callable:
+        def updated(params, stats, images):
+            variables = {"params": params, "batch_stats": stats}
+            return self.network.module.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+        return jax.jit(updated)
+
+    def methods(self, masks: Any, rules: Any) -> dict[str, Callable[[int], Any]]:
+        """The weights that each method makes of masks, given the number of the sample."""
+        leaves = {row.leaf.path: row.leaf for row in nm.verify(masks, rules).rows}
+
+        def absorb(keys, w, mask):
+            leaf = leaves.get("/".join(key.key for key in keys))
+            return w if mask is None else nm.absorb_mean(w, mask, leaf.pattern, leaf.axes)
+
+        return {
+            "none": lambda _: nm.apply_masks(self.params, masks),
+            "bias fix": lambda _: jax.tree_util.tree_map_with_path(absorb, self.params, masks),
+            "AdaPrune": lambda k: nm.reconstruct_layers(self.params, masks, self.grams[k])[0],
+        }
+
+    def rows(self, setting: str, masks: Any, rules: Any) -> Iterator[dict]:
+        """Every method, alone and with batch-norm tuning."""
+        for method, weights in self.methods(masks, rules).items():
+            fixed = method != "AdaPrune"  # the same for all samples
+            made = [weights(k) for k in range(1 if fixed else len(self.samples))]
+            for params in made[:1]:
+                assert nm.verify(params, rules).ok, f"{self.network.name} {setting} {method} breaks its pattern"
+            yield {"setting": setting, "method": method, "values": [self.evaluate(params) for params in made]}
+            if self.tunable:
+                made = made * len(self.samples) if fixed else made
+                values = [self.evaluate_tuned(p, s) for p, s in zip(made, self.samples, strict=True)]
+                yield {"setting": setting, "method": f"{method} + BNT", "values": values}
+
+    def baseline(self, name: str) -> list[dict]:
+        """The rows of the weights as they are."""
+        rows = [{"setting": name, "method": "none", "values": [self.evaluate(self.params)]}]
+        if self.tunable:
+            values = [self.evaluate_tuned(self.params, sample) for sample in self.samples]
+            rows.append({"setting": name, "method": "none + BNT", "values": values})
+        return rows
+
+    def record(self, rows: list[dict], **more: Any) -> dict:
+        """What is written to the file."""
+        return {
+            "network": self.network.title,
+            "metric": self.network.metric,
+            "calibration": self.count,
+            "samples": len(self.samples),
+            "test": self.limit,
+            "jax": jax.__version__,
+            "rows": rows,
+        } | more
+
+
+def from_dense(network: Network, quick: bool, advance: Callable[[], None]) -> dict:
+    """Table A.1: every pattern and method from the dense weights; and the layers one by one."""
+    study = Study(network, network.variables(), quick)
+    rows, layers = study.baseline("dense"), {}
+    for pattern in PATTERNS:
+        rules = study.plan(pattern)
+        rows += study.rows(pattern, nm.compute_masks(study.params, rules), rules)
+        if pattern in ("2:4", "2:4-T"):
+            values = []
+            for gram in study.grams:
+                masks = nm.compute_masks(study.params, rules, scores=nm.score_tree(nm.obc, study.params, gram))
+                values.append(study.evaluate(nm.reconstruct_layers(study.params, masks, gram)[0]))
+            rows.append({"setting": pattern, "method": "AdaPrune, OBC masks", "values": values})
+            layers[pattern] = layer_errors(study, rules)
+        advance()
+    return study.record(rows, layers=layers, solver=against_exact(study))
+
+
+def layer_errors(study: Study, rules: Any) -> dict[str, list[float | None]]:
+    """[before, after, before held out, after held out] of every layer; held out is another sample."""
+    masks = nm.compute_masks(study.params, rules)
+    _, report = nm.reconstruct_layers(study.params, masks, study.grams[0], held_out=study.grams[-1])
+    return {r.path: [r.before, r.after, r.held_out_before, r.held_out_after] for r in report.layers}
+
+
+def against_exact(study: Study) -> list[dict]:
+    """Every layer at 2:4: the excess over the exact minimiser in double precision, and the time against Adam's."""
+    weights, grams = by_path(study.params), by_path(study.grams[0])
+    rows, compared = [], set()
+    for path, mask in by_path(nm.compute_masks(study.params, study.plan("2:4"))).items():
+        w, gram, bias = weights[path], grams[path], weights.get(path.replace("kernel", "bias"))
+        fast, seconds = timed(lambda w=w, g=gram, s=mask, b=bias: nm.reconstruct(w, g, s, bias=b))
+        optimum = nm.output_error(w, exact_minimiser(w, gram, mask, bias is not None), gram, centred=bias is not None)
+        mine = nm.output_error(w, fast.weight, gram, centred=bias is not None)
+        row = {"path": path, "K": gram.h.shape[-1], "excess": float(mine / optimum) - 1, "seconds": seconds}
+        row |= {"before": float(fast.before), "after": float(fast.after), "iterations": int(fast.iterations)}
+        if row["K"] >= LARGE and w.shape not in compared:
+            compared.add(w.shape)
+            slow, row["adam_seconds"] = timed(lambda w=w, g=gram, s=mask: nm.reconstruct(w, g, s, method="adam"))
+            row["adam_after"] = float(slow.after)
+        rows.append(row)
+    return rows
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves, Gram matrices or arrays, by '/'-joined keys."""
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, nm.Gram))[0]
+    return {"/".join(key.key for key in keys): leaf for keys, leaf in nodes}
+
+
+def exact_minimiser(w: jax.Array, gram: nm.Gram, mask: jax.Array, centred: bool) -> jax.Array:
+    """The problem of `nm.reconstruct`, output by output by Cholesky factorisation in double precision."""
+    h, total, rows = (np.asarray(x[0], np.float64) for x in (gram.h, gram.total, gram.rows))
+    dense = np.asarray(w, np.float64).reshape(len(h), -1)
+    kept = np.asarray(mask).reshape(dense.shape)
+    pull = np.clip(0.3 * len(h) / rows, 1e-3, 0.3) * np.diag(h).mean()
+    h = h - np.outer(total, total) / rows * centred + pull * np.eye(len(h))
+    target, new = h @ dense, np.zeros_like(dense)
+    for k in range(dense.shape[1]):
+        support = np.flatnonzero(kept[:, k])
+        new[support, k] = scipy.linalg.solve(h[np.ix_(support, support)], target[support, k], assume_a="pos")
+    return jnp.asarray(new.reshape(w.shape), jnp.float32)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The result and the seconds of the second run, which does not compile."""
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    return jax.block_until_ready(run()), time.perf_counter() - start
+
+
+# -------------------------------------------------------------------------------------------- from sparse networks
+
+
+def sparse_network(network: Network, pattern: str, steps: int, advance: Callable[[], None]) -> dict:
+    """The pretrained network trained on with a pattern for some steps: masks follow the dense weights."""
+    variables = network.variables()
+    params, stats = variables["params"], variables["batch_stats"]
+    labels = data.labels(network.train)
+    rules = nm.plan(network.apply(variables), params, jnp.zeros((1, 32, 32, 3)), pattern=pattern)
+    schedule = optax.cosine_decay_schedule(RATE, steps)
+    tx = nm.sparse_training(optax.sgd(schedule, momentum=0.9), rules)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, stats, state, images, labels):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = network.module.apply(variables, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        grads, new_stats = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), new_stats, state
+
+    draw = np.random.default_rng(0)
+    for _ in range(steps):
+        chosen = draw.choice(len(labels), TRAIN_BATCH, replace=False)
+        images = network.inputs(data.images(network.train, chosen))
+        params, stats, state = step(params, stats, state, jnp.asarray(images), jnp.asarray(labels[chosen]))
+        advance()
+    return {"params": params, "batch_stats": stats}
+
+
+def from_sparse(quick: bool, advance: Callable[[], None]) -> dict:
+    """Table A.2: 4:8 to 2:4 and 1:2; and Fig. 5b: unstructured to n:8, layer by layer."""
+    network, steps = NETWORKS[SPARSE], 20 if quick else STEPS
+    rows, study = [], None
+    for suffix in ("", "-T"):
+        study = Study(network, sparse_network(network, f"4:8{suffix}", steps, advance), quick)
+        rows += study.baseline(f"4:8{suffix}")
+        for target in (f"2:4{suffix}", f"1:2{suffix}"):
+            rules = study.plan(target)
+            violations = nm.pattern_violations(study.params, rules)
+            for row in study.rows(f"4:8{suffix} to {target}", nm.fit_masks(study.params, rules), rules):
+                rows.append(row | _mean_violations(violations))
+    study = Study(network, sparse_network(network, UNSTRUCTURED, steps, advance), quick)
+    rows += study.baseline(UNSTRUCTURED)
+    for percent in PERCENTS:
+        rules = nm.choose_patterns(study.params, study.plan("4:8"), percent)
+        if not any(pattern for _, pattern, _ in rules):
+            continue
+        masks = nm.fit_masks(study.params, rules)
+        sparsity = float(np.mean([1 - float(jnp.mean(m)) for m in jax.tree.leaves(masks)]))
+        violations = nm.pattern_violations(study.params, rules)
+        for row in study.rows(f"{UNSTRUCTURED} at {percent:g} %", masks, rules):
+            rows.append(row | _mean_violations(violations) | {"percent": percent, "sparsity": sparsity})
+    return study.record(rows, steps=steps, rate=RATE, batch=TRAIN_BATCH)
+
+
+def _mean_violations(violations: list[nm.Violations]) -> dict[str, float]:
+    return {name: float(np.mean([getattr(v, name) for v in violations])) for name in ("tiles", "weights")}
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+
+
+def print_rows(console: Console, record: dict) -> None:
+    """One line per setting, one column per method."""
+    methods = list(dict.fromkeys(row["method"] for row in record["rows"]))
+    table = Table(title=f"{record['network']}: {record['metric']} in %", box=None, title_justify="left")
+    table.add_column("")
+    for method in methods:
+        table.add_column(method, justify="right")
+    for setting in dict.fromkeys(row["setting"] for row in record["rows"]):
+        found = {row["method"]: row["values"] for row in record["rows"] if row["setting"] == setting}
+        table.add_row(setting, *(summary(found[m]) if m in found else "" for m in methods))
+    console.print(table)
+    note = f"{record['samples']} samples of {record['calibration']} training examples, {record['test']} test examples"
+    console.print(note + "; BNT: batch-norm tuning", style="dim", highlight=False)
+
+
+def summary(values: list[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    spread = f" ±{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
+def print_solver(console: Console, record: dict) -> None:
+    """How near the reconstruction is to the exact minimiser, and how much faster than Adam."""
+    worst = max(record["solver"], key=lambda row: row["excess"])
+    grown = sum(row["after"] > row["before"] for row in record["solver"])
+    console.print(
+        f"{len(record['solver'])} layers at 2:4: at most {100 * worst['excess']:.2f} % above the exact minimiser "
+        f"({worst['path']}), {grown} with a larger error than before"
+    )
+    large = [row for row in record["solver"] if "adam_seconds" in row]
+    if large:
+        ratios = [row["adam_seconds"] / row["seconds"] for row in large]
+        errors = [row["adam_after"] / row["after"] for row in large]
+        console.print(
+            f"{len(large)} shapes with K >= {LARGE}: 1000 iterations of Adam take {np.median(ratios):.0f} times "
+            f"as long ({min(ratios):.0f} to {max(ratios):.0f}), and leave {np.median(errors):.2f} times the error"
+        )
+
+
+def draw_probability(path: Path) -> None:
+    """Fig. 5a: the probability that a group of a half-empty matrix has n:m, over the share of zeros that this asks."""
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for m in (4, 8, 16, 32, 64):
+        zeros = range(m + 1)
+        fits = [1 - nm.violation_probability(m - k, m, 0.5) for k in zeros]
+        axis.plot([k / m for k in zeros], fits, marker=".", label=f"m = {m}")
+    axis.set(xlabel="zeros asked for, (m - n) / m", ylabel="probability", title="Eq. 4 at 50 % unstructured sparsity")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_violations(record: dict, path: Path) -> None:
+    """Fig. 5b: accuracy over the allowed probability of violating the pattern."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    rows = [row for row in record["rows"] if "percent" in row]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [row for row in rows if row["method"] == method]
+        means, spreads = zip(*((np.mean(r["values"]), np.std(r["values"])) for r in points), strict=True)
+        axis.errorbar([r["percent"] for r in points], means, spreads, marker="o", capsize=2, label=method)
+        if method == "none":
+            for row, mean in zip(points, means, strict=True):
+                axis.annotate(f"{100 * row['sparsity']:.0f} %", (row["percent"], mean), fontsize=7)
+    base = next(row for row in record["rows"] if row["setting"] == UNSTRUCTURED)["values"][0]
+    axis.axhline(base, color="grey", linestyle="--", label=UNSTRUCTURED)
+    title = f"{record['network']}, {UNSTRUCTURED}, n:8 for each layer"
+    axis.set(xscale="log", xlabel="probability of a violation, %", ylabel="test accuracy, %", title=title)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(console: Console, out: Path) -> None:
+    """Everything that has been run to its end."""
+    draw_probability(out / "adaprune_fig5a.png")
+    for part in (*NETWORKS, "sparse"):
+        path = out / f"adaprune_{part}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            print_rows(console, record)
+            if "solver" in record:
+                print_solver(console, record)
+            if part == "sparse":
+                draw_violations(record, out / "adaprune_fig5b.png")
+            console.print()
+
+
+def main() -> None:
+    """Runs the parts that are asked for."""
+    parts = [*NETWORKS, "sparse"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default=",".join(parts), help=f"comma-separated parts of: {', '.join(parts)}")
+    parser.add_argument("--quick", action="store_true", help="one small sample, few test examples; to another folder")
+    parser.add_argument("--report", action="store_true", help="only print what is there")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    out = args.out or (RESULTS / "quick" if args.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    if unknown := set(args.networks.split(",")) - set(parts):
+        raise SystemExit(f"unknown parts {sorted(unknown)}; there are {', '.join(parts)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    for part in () if args.report else args.networks.split(","):
+        start = time.perf_counter()
+        with Progress(*columns, console=console) as progress:
+            steps = 3 * (20 if args.quick else STEPS) if part == "sparse" else len(PATTERNS)
+            task = progress.add_task(part, total=steps)
+            advance = functools.partial(progress.advance, task)
+            record = (
+                from_sparse(args.quick, advance)
+                if part == "sparse"
+                else from_dense(NETWORKS[part], args.quick, advance)
+            )
+        record["minutes"] = round((time.perf_counter() - start) / 60, 1)
+        (out / f"adaprune_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+    report(console, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Pruning a checkpoint of any size, one tensor at a time."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nm_jax.checkpoint import records
+from nm_jax.checkpoint.packed import encode, take
+from nm_jax.checkpoint.records import Record
+from nm_jax.checkpoint.reports import CheckpointReport, TensorReport, dense_tensors
+from nm_jax.checkpoint.store import Checkpoint, Progress, Tensor, no_progress, written_beside
+from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, TensorWriter, header_size
+from nm_jax.checkpoint.tiles import as_bits, find_mask, largest_sum
+from nm_jax.checkpoint.verify import share
+from nm_jax.rules import Leaf, Rules, SparseLeaf
+from nm_jax.solvers import Solver, default_solver
+
+
+class _How(NamedTuple):
+    """What is asked for."""
+
+    rules: Rules
+    partial: str
+    solver: Solver | None
+    packed: bool
+    keep_masks: bool
+    progress: Progress
+
+
+def prune_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    rules: Rules,
+    *,
+    solver: Solver | None = None,
+    partial: str = "skip",
+    packed: bool = False,
+    keep_masks: bool = False,
+    progress: Progress = no_progress,
+) -> CheckpointReport:
+    """Writes a checkpoint whose tensors have the pattern that the rules say.
+
+    mask = argmax sum(mask * |w|)  such that  the mask has the pattern;  w -> mask * w
+
+    Args:
+      source: a safetensors file, the index of a sharded checkpoint, or a folder with one of them. It is only read.
+      target: a file for a file, a folder for shards and their index; it must not exist. It is written beside its name,
+        and gets it when it is complete.
+      rules: a pattern, or `(path regex, pattern or None, optional axes)` (`nm_jax.rules`). Paths are the names of the
+        tensors with '/' for '.'; without axes they are PyTorch's for `weight` and Flax's for `kernel`.
+      solver: for the patterns that it supports; `None` takes the default for each.
+      partial: tensors whose sizes m does not divide: `"skip"`, `"pad"` or `"error"`, as in `compute_masks`.
+      packed: store values and positions (`nm_jax.checkpoint.packed`), which `load_checkpoint` reads, instead of
+        zeros, which every reader does.
+      keep_masks: store a bit-packed mask beside each dense tensor, as `NAME.nm_mask`.
+      progress: called with the name and the bytes of each tensor that is done.
+
+    Returns:
+      What was pruned, how much was retained, and the time it took.
+
+    Raises:
+      FormatError: if the source is damaged, or holds NaN where it should be pruned.
+      OSError: if files cannot be read or written, or the target exists.
+      ValueError: for rules that do not fit.
+
+    Float32, bfloat16 and float16 are pruned; what is kept is kept bit for bit, and other tensors and metadata are
+    copied. Memory: a few times the largest tensor that is pruned. A solver is compiled once for each pattern.
+    """
+    target = Path(target)
+    with Checkpoint(source) as checkpoint:
+        leaves = checkpoint.resolve(rules, partial)
+        job = _Job(leaves, _How(rules, partial, solver, packed, keep_masks, progress))
+        with written_beside(target, folder=checkpoint.index is not None) as beside:
+            if checkpoint.index is None:
+                job.write(checkpoint, checkpoint.files[0], beside)
+            else:
+                for file in checkpoint.files:
+                    job.write(checkpoint, file, beside / file.path.name)
+                job.write_index(*checkpoint.index, beside)
+        return CheckpointReport(str(target), tuple(job.reports), tuple(dense_tensors(checkpoint, leaves)), job.seconds)
+
+
+class _Job:
+    """The pruning of one checkpoint, and what is known of it so far."""
+
+    def __init__(self, leaves: Mapping[str, Leaf], how: _How):
+        self.leaves, self.how = leaves, how
+        self.reports: list[TensorReport] = []
+        self.seconds = {"read": 0.0, "solve": 0.0, "write": 0.0}
+        self.weight_map: dict[str, str] = {}
+        self.total_size = 0
+        self._lap = time.perf_counter()
+
+    def _spent(self, what: str | None = None) -> None:
+        """The time since the last call was spent on this."""
+        now = time.perf_counter()
+        if what is not None:
+            self.seconds[what] += now - self._lap
+        self._lap = now
+
+    def write(self, checkpoint: Checkpoint, file: TensorFile, path: Path) -> None:
+        """Writes one file."""
+        tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file is file]
+        self._spent()
+        with TensorWriter(path, self._room(file, tensors)) as writer:
+            found: dict[str, Record] = {}
+            for tensor in tensors:
+                leaf = self.leaves[tensor.name]
+                if isinstance(leaf, SparseLeaf):
+                    found[tensor.name] = self._prune(writer, tensor, leaf)
+                    self.reports.append(TensorReport(tensor.name, found[tensor.name]))
+                elif tensor.copyable:
+                    writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
+                else:
+                    writer.write_array(tensor.name, tensor.read()[0])
+                self._spent("write")
+                self.how.progress(tensor.name, tensor.nbytes)
+            writer.finish(self._metadata(file, found))
+            self._spent("write")
+        self.weight_map |= dict.fromkeys(writer.entries, path.name)
+        self.total_size += sum(entry.nbytes for entry in writer.entries.values())
+
+    def _prune(self, writer: TensorWriter, tensor: Tensor, leaf: SparseLeaf) -> Record:
+        weight, _ = tensor.read()
+        self._spent("read")
+        solver = self.how.solver
+        if solver is None or not solver.supports(leaf.pattern):
+            solver = default_solver(leaf.pattern)
+        try:
+            found = find_mask(weight, leaf, solver)
+        except ValueError as error:
+            raise FormatError(
+                f"{tensor.file.path}: {tensor.name!r} cannot be pruned, {error}; repair it, or leave it dense by a rule"
+            ) from None
+        mask, kept = found.mask, int(np.count_nonzero(found.mask))
+        best = largest_sum(weight, kept)
+        self._spent("solve")
+        record = Record(
+            leaf.pattern,
+            leaf.axes,
+            tensor.dtype,
+            tensor.shape,
+            records.layout_of(leaf, self.how.packed, self.how.keep_masks),
+            kept,
+            share(found.retained, found.total),
+            share(found.retained, best),
+            found.gap and records.rounded_up(found.gap / max(found.retained, sys.float_info.min)),
+        )
+        parts = record.parts(tensor.name)
+        if parts[0] == tensor.name:
+            np.multiply(as_bits(weight), mask, out=as_bits(weight))
+            writer.write_array(parts[0], weight)
+        else:
+            writer.write_array(parts[0], take(weight, mask, leaf.axes))
+        if len(parts) > 1:
+            writer.write_array(parts[1], encode(mask, leaf.axes, record.layout == "values+positions"))
+        return record
+
+    def _room(self, file: TensorFile, tensors: list[Tensor]) -> int:
+        """Bytes for a header that is at least as long as the one that will be written."""
+        longest, stored = {}, []
+        for tensor in tensors:
+            leaf = self.leaves[tensor.name]
+            if isinstance(leaf, SparseLeaf):
+                layout = records.layout_of(leaf, self.how.packed, self.how.keep_masks)
+                record = records.longest(leaf, tensor.dtype, layout)
+                longest[tensor.name] = record
+                stored += records.stored_parts(record, tensor.name)
+            else:
+                stored.append((tensor.name, tensor.dtype, tensor.shape, tensor.dense_nbytes))
+        return header_size(stored, self._metadata(file, longest))
+
+    def _metadata(self, file: TensorFile, found: Mapping[str, Record]) -> dict[str, str]:
+        kept = {key: text for key, text in file.metadata.items() if key != records.KEY}
+        return {**kept, records.KEY: records.dump(found, self.how.rules, self.how.partial)}
+
+    def write_index(self, name: str, index: dict, folder: Path) -> None:
+        """Writes the index of the shards."""
+        known = index.get("metadata")
+        metadata = {**(known if isinstance(known, dict) else {}), "total_size": self.total_size}
+        text = json.dumps(
+            {**index, "metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}, indent=2
+        )
+        with open(folder / name, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())

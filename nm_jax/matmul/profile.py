@@ -1,0 +1,95 @@
+"""What products cost on a device, as measured on it: the file that the default choice of implementation consults."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+ENVIRONMENT = "NM_JAX_PROFILE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Median times of one product x A^T on one device, in seconds.
+
+    Args:
+      device: kind of the device, as jax names it.
+      implementation: name of the sparse kernel.
+      dtype: name of the operands' dtype.
+      tokens: rows of x.
+      rows: rows of A.
+      k: columns of A, zeros included.
+      dense: the dense product.
+      sparse: the sparse product of a packed weight.
+      packing: packing the weight.
+    """
+
+    device: str
+    implementation: str
+    dtype: str
+    tokens: int
+    rows: int
+    k: int
+    dense: float
+    sparse: float
+    packing: float
+
+    def gain(self, packed: bool) -> float:
+        """How many times faster than dense; packing counts unless the weight is packed already."""
+        return self.dense / (self.sparse + (0.0 if packed else self.packing))
+
+    def distance(self, tokens: int, rows: int, k: int) -> float:
+        """How far another shape is: the sum of |log2| of the ratios of sizes, infinite where one is beyond 2."""
+        ratios = [abs(math.log2(a / b)) for a, b in ((tokens, self.tokens), (rows, self.rows), (k, self.k))]
+        return sum(ratios) if max(ratios) <= 1 else math.inf
+
+
+def profile_path() -> pathlib.Path:
+    """The file: `$NM_JAX_PROFILE`, or `matmul.json` in the user's cache folder for nm_jax."""
+    if named := os.environ.get(ENVIRONMENT):
+        return pathlib.Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "nm_jax" / "matmul.json"
+
+
+def save_profile(measurements: Sequence[Measurement], path: str | os.PathLike | None = None) -> pathlib.Path:
+    """Write measurements where the default choice finds them; those of other devices in the file stay.
+
+    Args:
+      measurements: of one or several devices; each replaces what the file has about its device.
+      path: the file; `None`: `profile_path()`.
+
+    Returns:
+      The path written to.
+    """
+    path = pathlib.Path(path) if path is not None else profile_path()
+    devices = {m.device for m in measurements}
+    kept = [m for m in load_profile(path) if m.device not in devices]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([dataclasses.asdict(m) for m in (*kept, *measurements)], indent=1) + "\n")
+    return path
+
+
+def load_profile(path: str | os.PathLike | None = None) -> tuple[Measurement, ...]:
+    """The measurements in a file; none where it does not exist.
+
+    Raises:
+      ValueError: if the file is not one that `save_profile` wrote.
+    """
+    path = pathlib.Path(path) if path is not None else profile_path()
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return ()
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: pathlib.Path, modified: int) -> tuple[Measurement, ...]:
+    del modified  # part of the key: a file that changed is read again
+    try:
+        return tuple(Measurement(**entry) for entry in json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no profile of products ({error}); delete it and measure again") from error

@@ -1,0 +1,189 @@
+"""Second moments of activations: sums over rows of x x^T, of x and of 1, for products and for convolutions."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Num
+
+
+class Moments(NamedTuple):
+    """Sums over rows x of one activation; leading dimensions are one entry per iteration of the loops around it.
+
+    Attributes:
+      h: of x x^T.
+      total: of x.
+      rows: of 1.
+    """
+
+    h: Float[Array, "*loops batch K K"]
+    total: Float[Array, "*loops batch K"]
+    rows: Float[Array, "*loops batch"]
+
+    @classmethod
+    def zeros(cls, loops: tuple[int, ...], batch: int, size: int) -> "Moments":
+        """The sums over no rows."""
+        shapes = (size, size), (size,), ()
+        return cls(*(jnp.zeros((*loops, batch, *shape), jnp.float32) for shape in shapes))
+
+
+class Windows(NamedTuple):
+    """The windows of a convolution over activations laid out as (images, *space, features), as XLA defines them."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    spread: tuple[int, ...]  # dilation of the activations (transposed convolutions)
+    dilation: tuple[int, ...]  # of the kernel
+    groups: int
+
+    def padded(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of activations after spreading and padding."""
+        sizes = zip(space, self.spread, self.padding, strict=True)
+        return tuple((size - 1) * spread + 1 + sum(padding) for size, spread, padding in sizes)
+
+    def outputs(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the result, for activations that are padded already."""
+        sizes = zip(space, self.kernel, self.strides, self.dilation, strict=True)
+        return tuple((size - (k - 1) * dilation - 1) // stride + 1 for size, k, stride, dilation in sizes)
+
+
+def product_moments(
+    x: Num[Array, "..."],
+    contracted: tuple[int, ...],
+    batch: tuple[int, ...] = (),
+    keep: Bool[Array, "*rows"] | None = None,
+) -> Moments:
+    """The moments of the rows of an activation: all entries along `contracted`, one set per entry of `batch`.
+
+    Args:
+      x: activation.
+      contracted: dimensions that make up x, in this order.
+      batch: dimensions with moments of their own. The others hold the rows.
+      keep: which rows count, for the leading dimensions of rows.
+    """
+    free = [dim for dim in range(x.ndim) if dim not in contracted and dim not in batch]
+    x = lax.transpose(x.astype(jnp.float32), (*batch, *free, *contracted))
+    nb, nf = len(batch), len(free)
+    sizes = x.shape[:nb], x.shape[nb : nb + nf], x.shape[nb + nf :]
+    if keep is None:
+        count = jnp.float32(math.prod(sizes[1]))
+    else:
+        # `where`, and not a product: padding may hold NaN.
+        x = jnp.where(keep.reshape((1,) * nb + keep.shape + (1,) * (x.ndim - nb - keep.ndim)), x, 0)
+        count = jnp.sum(keep, dtype=jnp.float32) * math.prod(sizes[1][keep.ndim :])
+    rows = x.reshape(math.prod(sizes[0]), math.prod(sizes[1]), math.prod(sizes[2]))
+    return Moments(_outer(rows, rows), jnp.sum(rows, axis=1), jnp.full(rows.shape[0], count))
+
+
+def _outer(a: Float[Array, "batch rows K"], b: Float[Array, "batch rows L"]) -> Float[Array, "batch K L"]:
+    """sum over rows of a b^T, in float32 whatever the device prefers."""
+    return jnp.einsum("brk,brl->bkl", a, b, precision="highest")
+
+
+def window_moments(
+    x: Num[Array, "images *space features"], windows: Windows, keep: Bool[Array, "*rows"] | None = None
+) -> Moments:
+    """The moments of the patches that a convolution contracts: K runs over kernel positions, then features; one set
+    per feature group.
+
+    Args:
+      x: activations.
+      windows: of the convolution.
+      keep: which patches count, for the leading dimensions of (images, *outputs).
+
+    Patches are never all there at once: a loop goes over the first dimension of space (a line is one row of a plane,
+    and its patches are). Where that has no stride, two kernel rows at the same distance share their products, so that
+    a 3 x 3 kernel costs 3 products of kernel rows instead of 9.
+    """
+    padding = [(0, 0, 0), *((*pad, spread - 1) for pad, spread in zip(windows.padding, windows.spread, strict=True))]
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], windows.groups, -1)
+    x = lax.pad(x, jnp.float32(0), [*padding, (0, 0, 0), (0, 0, 0)])
+    if len(windows.kernel) == 1:  # rows of one position would be many, and short
+        x, windows = x[:, None], _under_one_row(windows)
+        keep = keep[:, None] if keep is not None and keep.ndim > 1 else keep
+    outputs = windows.outputs(x.shape[1:-2])
+    count = jnp.float32(x.shape[0] * math.prod(outputs))
+    if keep is not None:
+        count = jnp.sum(keep, dtype=jnp.float32) * math.prod(outputs[keep.ndim - 1 :])
+        if keep.ndim == 1:
+            x = jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+            keep = None
+        else:
+            keep = jnp.broadcast_to(
+                keep.reshape(*keep.shape, *(1,) * (len(outputs) + 1 - keep.ndim)), (x.shape[0], *outputs)
+            )
+    if windows.strides[0] == 1 and keep is None:
+        h, total = _sliding(x, windows, outputs)
+    else:
+        h, total = _stepping(x, windows, outputs, keep)
+    return Moments(h, total, jnp.full(windows.groups, count))
+
+
+def _under_one_row(windows: Windows) -> Windows:
+    """The same windows over one row of a plane."""
+    one = ((1, *windows.kernel), (1, *windows.strides), ((0, 0), *windows.padding))
+    return Windows(*one, (1, *windows.spread), (1, *windows.dilation), windows.groups)
+
+
+def _patch_row(x: Array, row: Array, windows: Windows, outputs: tuple[int, ...]) -> Float[Array, "images _ groups K"]:
+    """The patches of one row of the first dimension of space, over the other dimensions of it."""
+    y = lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
+    for axis in range(len(outputs) - 1, 0, -1):
+        stride, dilation = windows.strides[axis], windows.dilation[axis]
+        stop = (outputs[axis] - 1) * stride + 1
+        starts = [k * dilation for k in range(windows.kernel[axis])]
+        y = jnp.concatenate([lax.slice_in_dim(y, s, s + stop, stride, axis=axis) for s in starts], axis=-1)
+    return y.reshape(y.shape[0], -1, *y.shape[-2:])
+
+
+def _by_group(patches: Float[Array, "images positions groups K"]) -> Float[Array, "groups rows K"]:
+    return jnp.moveaxis(patches, 2, 0).reshape(patches.shape[2], -1, patches.shape[3])
+
+
+def _sliding(x: Array, windows: Windows, outputs: tuple[int, ...]) -> tuple[Array, Array]:
+    """H[p, q] = sum over output rows t of y[t + p] y[t + q]^T, where y[u] are the patches of input row u.
+
+    With u = t + p it only depends on q - p, but for the first and the last rows.
+    """
+    rows, dilation = windows.kernel[0], windows.dilation[0]
+    pairs = [(p, q) for p in range(rows) for q in range(p, rows)]
+    x = jnp.pad(x, ((0, 0), (0, (rows - 1) * dilation), *((0, 0),) * (x.ndim - 2)))
+
+    def step(sums, u):
+        here, total = sums
+        ahead = [_by_group(_patch_row(x, u + e * dilation, windows, outputs)) for e in range(rows)]
+        products = jnp.split(_outer(ahead[0], jnp.concatenate(ahead, axis=-1)), rows, axis=-1)
+        inside = [(u >= p * dilation) & (u < p * dilation + outputs[0]) for p in range(rows)]
+        here = [h + jnp.where(inside[p], products[q - p], 0) for h, (p, q) in zip(here, pairs, strict=True)]
+        line = jnp.sum(ahead[0], axis=1)
+        total = [t + jnp.where(inside[p], line, 0) for p, t in enumerate(total)]
+        return (here, total), None
+
+    size = math.prod(windows.kernel[1:]) * x.shape[-1]
+    zero = Moments.zeros((), windows.groups, size)
+    start = [zero.h] * len(pairs), [zero.total] * rows
+    (here, total), _ = lax.scan(step, start, jnp.arange(outputs[0] + (rows - 1) * dilation))
+    found = dict(zip(pairs, here, strict=True))
+    upper = [[found[p, q] if p <= q else found[q, p].mT for q in range(rows)] for p in range(rows)]
+    return jnp.block(upper), jnp.concatenate(total, axis=-1)
+
+
+def _stepping(x: Array, windows: Windows, outputs: tuple[int, ...], keep: Array | None) -> tuple[Array, Array]:
+    """Patches of one output row after another."""
+
+    def step(sums, t):
+        h, total = sums
+        starts = [t * windows.strides[0] + k * windows.dilation[0] for k in range(windows.kernel[0])]
+        patches = jnp.concatenate([_patch_row(x, start, windows, outputs) for start in starts], axis=-1)
+        if keep is not None:
+            kept = lax.dynamic_index_in_dim(keep, t, axis=1, keepdims=False).reshape(patches.shape[0], -1)
+            patches = jnp.where(kept[:, :, None, None], patches, 0)
+        rows = _by_group(patches)
+        return (h + _outer(rows, rows), total + jnp.sum(rows, axis=1)), None
+
+    size = math.prod(windows.kernel) * x.shape[-1]
+    start = Moments.zeros((), windows.groups, size)
+    (h, total), _ = lax.scan(step, (start.h, start.total), jnp.arange(outputs[0]))
+    return h, total

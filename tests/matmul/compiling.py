@@ -1,0 +1,145 @@
+"""Compiles programs for GPUs that this machine does not have, each GPU in a process of its own.
+
+A process compiles Mosaic kernels for one architecture only: after the first it keeps calling `ptxas` for that one.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from jax._src import xla_bridge
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from nm_jax.matmul import ampere, hopper, nm_matmul
+from nm_jax.matmul.packing import SparseMatrix
+
+# What the compiler asks of a GPU that is not there.
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_core}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: {fpus}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: 85899345920
+  shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{name}"
+"""
+GPUS = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB",
+        "major": 8,
+        "cores": 108,
+        "fpus": 64,
+        "clock": 1.41,
+        "bandwidth": 2039 * 10**9,
+        "cache": 40 * 2**20,
+        "shared_core": 167936,
+        "shared_block": 166912,
+    },
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3",
+        "major": 9,
+        "cores": 132,
+        "fpus": 128,
+        "clock": 1.98,
+        "bandwidth": 3352 * 10**9,
+        "cache": 50 * 2**20,
+        "shared_core": 233472,
+        "shared_block": 232448,
+    },
+}
+DUMPS = ("*.ptx", "*.ptxas")
+KERNELS = {"a100": ampere, "h100": hopper}
+HALVES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Text of a compiled program, and PTX and report of the assembler for each of its Mosaic kernels."""
+
+    text: str
+    ptx: list[str]
+    reports: list[str]
+
+
+def missing():
+    """What has to be installed to compile for GPUs, or `None`."""
+    if not _installed("jax_plugins", "xla_cuda13"):
+        return "the CUDA plugin of jax is missing: pip install -e '.[gpu-compile]'"
+    if shutil.which("ptxas") is None and not _installed("nvidia", "cu13"):
+        return "ptxas is missing: pip install -e '.[gpu-compile]'"
+    return None
+
+
+def _installed(package, module):
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(f"{package}.{module}") is not None
+
+
+def worker():
+    """A process that compiles for one GPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context)
+
+
+def product(gpu, config, tokens, rows, k, half):
+    """Compiles one product of a kernel."""
+    dtype, kernel = HALVES[half], KERNELS[gpu]
+    a = SparseMatrix(_shape(dtype, rows, k // 2), _shape(jnp.uint16, rows, k // 16), k)
+    return _compile(_device(gpu), lambda a, x: kernel.product(a, x, config=config), a, _shape(dtype, tokens, k))
+
+
+def train_step(gpu, tokens, k, rows):
+    """Compiles the loss of one layer, and its gradients."""
+    device, implementation = _device(gpu), KERNELS[gpu].__name__.rpartition(".")[2]
+
+    def loss(w, x, target):
+        y = nm_matmul(x, w, "2:4-T", implementation=implementation, device=device)
+        return jnp.sum(jnp.square((y - target).astype(jnp.float32)))
+
+    shapes = [_shape(jnp.bfloat16, *sizes) for sizes in ((k, rows), (tokens, k), (tokens, rows))]
+    return _compile(device, jax.grad(loss, argnums=(0, 1)), *shapes)
+
+
+def _device(gpu):
+    jax.devices()  # registers the plugin
+    target = TARGET.format(**GPUS[gpu])
+    topology = xla_bridge.make_pjrt_topology("cuda", gpu, target_config=target, topology="1x1x1")
+    return topologies.TopologyDescription(topology._make_compile_only_devices()).devices[0]
+
+
+def _shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _compile(device, function, *arguments):
+    here = SingleDeviceSharding(device)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        with jax.default_device(device):  # where Pallas looks for the architecture
+            compiled = jax.jit(function, in_shardings=here, out_shardings=here).lower(*arguments).compile()
+        texts = {kind: [path.read_text() for path in sorted(pathlib.Path(folder).glob(kind))] for kind in DUMPS}
+    return Compiled(compiled.as_text(), *texts.values())

@@ -1,0 +1,396 @@
+"""`nm_matmul`: derivatives, batches, the choice of implementation, what is refused."""
+
+import dataclasses
+import functools
+import json
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nm_jax import NM, SequentialNM, TransposableNM
+from nm_jax.matmul import (
+    Implementation,
+    Measurement,
+    load_profile,
+    menu,
+    nm_matmul,
+    pack,
+    profile_path,
+    reference,
+    repack,
+    save_profile,
+)
+from tests.matmul.cases import transposable
+from tests.matmul.implementations import REFERENCE
+
+K, ROWS = 24, 16
+MASK = transposable(K, ROWS)
+
+
+def operands(*batch, seed=0):
+    generator = np.random.default_rng(seed)
+    w = np.where(MASK, generator.normal(size=(K, ROWS)), 0)
+    return jnp.asarray(generator.normal(size=(*batch, K)), jnp.float32), jnp.asarray(w, jnp.float32)
+
+
+def calls(jaxpr):
+    """(sparse products, dense products) anywhere in a jaxpr; what is inside a sparse product does not count."""
+    sparse = dense = 0
+    for equation in jaxpr.eqns:
+        if equation.params.get("name") == "nm_sparse_product":
+            sparse += 1
+            continue
+        dense += equation.primitive.name in ("dot_general", "conv_general_dilated")
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                more = calls(inner)
+                sparse, dense = sparse + more[0], dense + more[1]
+    return sparse, dense
+
+
+def traced(function, *arguments):
+    return calls(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def loss(product):
+    return lambda x, w: jnp.sum(jnp.sin(product(x, w)))
+
+
+# -------------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("pattern", ["2:4-T", "2:4"])
+def test_values_and_gradients_are_those_of_the_dense_product(batch, pattern):
+    x, w = operands(*batch)
+    product = functools.partial(nm_matmul, pattern=pattern, implementation="reference")
+    np.testing.assert_allclose(product(x, w), x @ w, rtol=1e-5, atol=1e-5)
+    found = jax.jit(jax.grad(loss(product), (0, 1)))(x, w)
+    for mine, truth in zip(found, jax.grad(loss(jnp.matmul), (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(found[1]))[~MASK].min() > 0  # straight-through: pruned entries get a gradient
+
+
+@pytest.mark.parametrize(
+    "pattern, forward, both",
+    [("2:4-T", (1, 0), (2, 1)), ("2:4", (1, 0), (1, 2)), (TransposableNM(2, 4, at_most=True), (1, 0), (2, 1))],
+)
+def test_which_products_run_sparse(pattern, forward, both):
+    x, w = operands(5)
+    product = functools.partial(nm_matmul, pattern=pattern, implementation="reference")
+    assert traced(product, x, w) == forward
+    assert traced(jax.grad(loss(product), (0, 1)), x, w) == both
+
+
+def test_by_default_a_cpu_does_the_dense_product_and_nothing_else():
+    x, w = operands(5)
+    assert traced(nm_matmul, x, w) == (0, 1)
+    assert traced(jax.grad(loss(nm_matmul), (0, 1)), x, w) == (0, 3)
+    names = {equation.primitive.name for equation in jax.make_jaxpr(nm_matmul)(x, w).eqns}
+    assert names == {"dot_general"}
+    tangent = jax.jvp(lambda x: nm_matmul(x, w), (x,), (x,))[1]  # forward mode too
+    np.testing.assert_allclose(tangent, x @ w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["2:4-T", "2:4"])
+def test_second_derivatives(pattern):
+    x, w = operands(2)
+    product = functools.partial(nm_matmul, pattern=pattern, implementation="reference")
+
+    def second(product):
+        gradients = jax.grad(loss(product), (0, 1))
+        return jax.grad(lambda x, w: sum(jnp.sum(jnp.cos(g)) for g in gradients(x, w)), (0, 1))
+
+    for mine, truth in zip(second(product)(x, w), second(jnp.matmul)(x, w), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_through_a_sparse_product_is_refused():
+    x, w = operands(2)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: nm_matmul(x, w, implementation="reference"), (x,), (x,))
+
+
+def test_a_packed_weight_gets_the_gradient_of_its_values():
+    x, w = operands(5)
+    packed = pack(w)
+
+    def product(x, w):
+        return nm_matmul(x, repack(packed, w), implementation="reference")
+
+    truth = jax.grad(loss(jnp.matmul), (0, 1))(x, w)
+    found = jax.jit(jax.grad(loss(product), (0, 1)))(x, w)
+    np.testing.assert_allclose(found[0], truth[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1], np.where(MASK, truth[1], 0), rtol=1e-5, atol=1e-5)
+    values = jax.grad(lambda p: loss(nm_matmul)(x, p), allow_int=True)(packed)
+    assert values.forward.values.shape == packed.forward.values.shape
+    assert not np.asarray(values.backward.values).any()
+
+
+def test_second_derivatives_through_a_packed_weight():
+    x, w = operands(2)
+    packed = pack(w)
+
+    def twice(product):
+        return jax.grad(lambda w: jnp.sum(jnp.cos(jax.grad(loss(product))(x, w))))
+
+    found = twice(lambda x, w: nm_matmul(x, repack(packed, w), implementation="reference"))(w)
+    np.testing.assert_allclose(found, np.where(MASK, twice(jnp.matmul)(w), 0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_packed_forward_only_has_a_dense_input_gradient():
+    x, w = operands(5)
+    packed = pack(w, orientation="forward")
+    gradient = jax.grad(loss(functools.partial(nm_matmul, implementation="reference")))
+    assert traced(gradient, x, packed)[0] == 1
+    np.testing.assert_allclose(gradient(x, packed), jax.grad(loss(jnp.matmul))(x, w), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ batches, dtypes, jit
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_vmap_and_jit_agree_with_one_at_a_time(implementation):
+    x, w = operands(3, 5)
+    weights = jnp.stack([w, 2 * w, -w])
+    product = functools.partial(nm_matmul, implementation=implementation)
+    gradients = jax.grad(loss(product), (0, 1))
+    for function in (jax.jit(lambda *a: (product(*a),)), jax.jit(gradients)):
+        for axes in ((0, None), (None, 0), (0, 0)):
+            arguments = (x if axes[0] == 0 else x[0], weights if axes[1] == 0 else w)
+            together = jax.jit(jax.vmap(function, axes))(*arguments)
+            for i in range(3):
+                alone = function(*(a[i] if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)))
+                for many, one in zip(together, alone, strict=True):
+                    np.testing.assert_allclose(many[i], one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_x_is_one_product_and_a_batch_of_weights_a_loop():
+    x, w = operands(3, 5)
+    product = functools.partial(nm_matmul, implementation="reference")
+    text = str(jax.make_jaxpr(jax.vmap(product, (0, None)))(x, w))
+    assert "scan" not in text and "15,16" in text.replace(" ", "")
+    assert "scan" in str(jax.make_jaxpr(jax.vmap(product, (None, 0)))(x[0], jnp.stack([w, w])))
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize(
+    "x_dtype, w_dtype, out", [("bfloat16",) * 3, ("float16",) * 3, ("bfloat16", "float32", "float32")]
+)
+def test_dtypes(implementation, x_dtype, w_dtype, out):
+    x, w = operands(5)
+    x, w = x.astype(x_dtype), w.astype(w_dtype)
+    y = nm_matmul(x, w, implementation=implementation)
+    assert y.dtype == out
+    truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), truth, rtol=float(jnp.finfo(out).eps), atol=1e-5)
+    np.testing.assert_array_equal(nm_matmul(x, pack(w), implementation=implementation), y)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_half_precision_is_accumulated_in_float32(dtype, implementation):
+    """1 + 4096 times a thousandth of an epsilon is lost in half precision."""
+    k, small = 8192, float(jnp.finfo(dtype).eps) / 64
+    x = jnp.full((1, k), small, dtype).at[0, 0].set(1)
+    w = jnp.tile(jnp.asarray([1, 0, 0, 1], dtype), k // 4)[:, None]
+    y = nm_matmul(x, w, "2:4", implementation=implementation)
+    np.testing.assert_allclose(float(y[0, 0]), 1 + (k / 2 - 1) * small, rtol=float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K)])
+def test_empty_batches(shape):
+    _, w = operands(1)
+    for weight in (w, pack(w)):
+        y = nm_matmul(jnp.zeros(shape), weight, implementation="reference")
+        assert y.shape == (*shape[:-1], ROWS)
+
+
+@pytest.mark.parametrize("k, rows", [(7, 5), (1, 3), (18, 33)])
+def test_sizes_that_four_does_not_divide(k, rows):
+    w = np.where(transposable(36, 36)[:k, :rows], np.random.default_rng(0).normal(size=(k, rows)), 0)
+    w, x = jnp.asarray(w, jnp.float32), jnp.ones((3, k))
+    product = functools.partial(nm_matmul, implementation="reference")
+    np.testing.assert_allclose(jax.jit(product)(x, w), x @ w, rtol=1e-5, atol=1e-6)
+    found, truth = (jax.jit(jax.grad(loss(f)))(x, w) for f in (product, jnp.matmul))
+    np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "4:8-T", "3:4", "US-0.5", "2:3"])
+def test_patterns_that_sparse_tensor_cores_do_not_read(pattern):
+    with pytest.raises(ValueError, match=r"two kept of every four.*2:4-T"):
+        nm_matmul(*operands(5), pattern)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", NM(1, 2), SequentialNM(2, 4), "1:4-T"])
+def test_patterns_whose_masks_are_2_4_masks(pattern):
+    x = jnp.ones((3, 8))
+    w = jnp.zeros((8, 4)).at[0, 0].set(1.0).at[5, 1].set(2.0)
+    np.testing.assert_array_equal(nm_matmul(x, w, pattern, implementation="reference"), x @ w)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"x": jnp.ones((3, 8))}, "takes 24 inputs"),
+        ({"x": jnp.ones(())}, "takes 24 inputs"),
+        ({"w": jnp.ones((2, 3, 4))}, "reshape it, or use dot_general"),
+        ({"w": jnp.ones((K, ROWS))}, "keep 4 of 4"),
+        ({"x": jnp.ones((3, K), int), "w": jnp.zeros((K, ROWS), int)}, "floating point"),
+        ({"w": pack(jnp.zeros((K, ROWS)), orientation="backward")}, "orientation='backward'"),
+        ({"implementation": "tensor"}, "choose one of 'hopper', 'ampere', 'reference'"),
+        ({"implementation": "hopper"}, "'hopper' cannot run this product"),
+        ({"implementation": "ampere"}, "'ampere' cannot run this product"),
+    ],
+)
+def test_errors_say_what_to_do(change, words):
+    x, w = operands(3)
+    with pytest.raises(ValueError, match=words):
+        nm_matmul(**{"x": x, "w": w, **change})
+
+
+def test_while_tracing_a_dense_weight_is_cut_to_the_two_largest():
+    x = jnp.eye(4)
+    w = jnp.asarray([[1.0], [-4.0], [3.0], [2.0]])
+    y = jax.jit(functools.partial(nm_matmul, pattern="2:4", implementation="reference"))(x, w)
+    np.testing.assert_array_equal(y, [[0.0], [-4.0], [3.0], [0.0]])
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+GPU = types.SimpleNamespace(platform="gpu", device_kind="Test GPU", compute_capability="9.0")
+MEASURED = Measurement("Test GPU", "fast", "bfloat16", 4096, 1024, 2048, dense=1.0, sparse=0.6, packing=0.2)
+ASKED = menu.Product(np.dtype(jnp.bfloat16), 4096, 1024, 2048)
+
+
+def kernel(name="fast", reason=None, product=reference.product):
+    return Implementation(name, lambda *_: reason, product)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A GPU with a kernel, and a profile of its own."""
+    monkeypatch.setenv("NM_JAX_PROFILE", str(tmp_path / "profile.json"))
+    menu._warn_once.cache_clear()
+
+    def set_up(*kernels):
+        monkeypatch.setattr(menu, "IMPLEMENTATIONS", (*kernels, REFERENCE))
+
+    set_up(kernel())
+    return set_up
+
+
+def test_a_kernel_is_chosen_where_it_was_measured_to_pay(machine):
+    save_profile([MEASURED])
+    assert menu.choose(None, ASKED, GPU).name == "fast"
+    for change, chosen in [
+        ({"tokens": 8192}, True),  # a factor of two away
+        ({"tokens": 8193}, False),  # more
+        ({"rows": 512, "k": 1024}, True),
+        ({"k": 1000}, False),
+        ({"dtype": np.dtype(np.float16)}, False),
+    ]:
+        choice = menu.choose(None, dataclasses.replace(ASKED, **change), GPU)
+        assert (choice is not None) == chosen, change
+    other = types.SimpleNamespace(**{**vars(GPU), "device_kind": "Other GPU"})
+    with pytest.warns(UserWarning, match="no kernel was measured on it"):
+        assert menu.choose(None, ASKED, other) is None
+
+
+def test_packing_counts_unless_the_weight_is_packed(machine):
+    save_profile([dataclasses.replace(MEASURED, packing=0.5)])
+    assert menu.choose(None, ASKED, GPU) is None
+    assert menu.choose(None, dataclasses.replace(ASKED, packed=True), GPU).name == "fast"
+
+
+def test_the_nearest_measured_shape_decides(machine):
+    save_profile([MEASURED, dataclasses.replace(MEASURED, tokens=2048, sparse=1.5)])
+    assert menu.choose(None, dataclasses.replace(ASKED, tokens=3500), GPU) is not None
+    assert menu.choose(None, dataclasses.replace(ASKED, tokens=2200), GPU) is None
+
+
+def test_the_kernel_that_gains_most_is_chosen_and_one_that_cannot_run_is_named(machine):
+    machine(kernel("slow"), kernel("fast", reason="it rains"))
+    save_profile([MEASURED, dataclasses.replace(MEASURED, implementation="slow", sparse=0.7)])
+    with pytest.warns(UserWarning, match="'fast' was measured to pay but is not used: it rains"):
+        assert menu.choose(None, ASKED, GPU).name == "slow"
+    with warnings.catch_warnings(action="error"):  # said once
+        assert menu.choose(None, ASKED, GPU).name == "slow"
+    with pytest.raises(ValueError, match="it rains"):
+        menu.choose("fast", ASKED, GPU)
+
+
+def test_a_gpu_without_measurements_says_why_it_is_dense(machine):
+    with pytest.warns(UserWarning, match=r"run dense on Test GPU: no kernel was measured.*profile\.json"):
+        assert menu.choose(None, ASKED, GPU) is None
+    machine(kernel(reason="jax 0.1 lacks the parts of Pallas that it needs"))
+    with pytest.warns(UserWarning, match="run dense on Test GPU: fast: jax 0.1 lacks"):
+        assert menu.choose(None, ASKED, GPU) is None
+
+
+def wrong(a, x):
+    return reference.product(a, x) + 1
+
+
+def broken(a, x):
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize("product, words", [(wrong, "it is wrong on a small product, by 1"), (broken, "no such instr")])
+def test_a_kernel_that_fails_its_self_check_is_never_used(machine, product, words):
+    cpu = jax.devices()[0]
+    machine(kernel(product=product))
+    save_profile([dataclasses.replace(MEASURED, device=cpu.device_kind)])
+    with pytest.raises(ValueError, match=words):
+        menu.choose("fast", ASKED, cpu)
+    with pytest.warns(UserWarning, match=words):
+        assert menu.choose(None, ASKED, cpu) is None
+
+
+def test_the_self_check_runs_once_and_also_while_tracing(machine):
+    runs = []
+
+    def counted(a, x):
+        runs.append(x.shape)
+        return reference.product(a, x)
+
+    implementation = kernel(product=counted)
+    x, w = operands(5)
+    for _ in range(2):
+        y = jax.jit(functools.partial(nm_matmul, implementation=implementation))(x, w)
+    np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
+    assert runs.count((256, 512)) == 1
+
+
+def test_under_a_mesh_that_the_compiler_partitions_the_default_is_dense(machine):
+    cpu = jax.devices()[0]
+    save_profile([dataclasses.replace(MEASURED, device=cpu.device_kind)])
+    assert menu.choose(None, ASKED, cpu).name == "fast"
+    for kind, chosen in ((jax.sharding.AxisType.Auto, False), (jax.sharding.AxisType.Manual, True)):
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(kind,))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert (menu.choose(None, ASKED, cpu) is not None) == chosen
+
+
+def test_profiles_are_saved_and_merged(machine, tmp_path, monkeypatch):
+    assert load_profile() == ()
+    other = dataclasses.replace(MEASURED, device="Other GPU")
+    save_profile([MEASURED, other])
+    newer = dataclasses.replace(MEASURED, sparse=0.5)
+    assert save_profile([newer]) == profile_path() == tmp_path / "profile.json"
+    assert set(load_profile()) == {newer, other}
+    (tmp_path / "bad.json").write_text(json.dumps([{"device": 1}]))
+    with pytest.raises(ValueError, match=r"bad\.json is no profile.*measure again"):
+        load_profile(tmp_path / "bad.json")
+    monkeypatch.delenv("NM_JAX_PROFILE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert profile_path() == tmp_path / "nm_jax" / "matmul.json"
