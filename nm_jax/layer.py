@@ -64,7 +64,7 @@ class LayerMatrices(NamedTuple):
         return self._tiling.join(matrices.reshape(-1, 1, self.groups, rows, cols).transpose(3, 4, 0, 1, 2))
 
 
-class Moments(NamedTuple):
+class InputMoments(NamedTuple):
     """A record in units of the mean diagonal of its Gram matrices, so that nothing depends on the scale of X.
 
     Attributes:
@@ -84,7 +84,7 @@ class Moments(NamedTuple):
     weight: Float[Array, "matrices 1"]
 
     @classmethod
-    def of(cls, gram: Gram) -> "Moments":
+    def of(cls, gram: Gram) -> "InputMoments":
         """Of a record."""
         h = gram.h.astype(jnp.float32)
         rows = jnp.maximum(gram.rows, 1).astype(jnp.float32)[:, None]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax.axes import Tiling
 from nm_jax.gram import Gram
-from nm_jax.layer import LayerMatrices, Moments
+from nm_jax.layer import InputMoments, LayerMatrices
 from nm_jax.patterns import Pattern, parse_pattern
 
 Method: TypeAlias = Literal["pcg", "adam"]
@@ -130,7 +130,7 @@ def reconstruct(
 
 @functools.partial(jax.jit, static_argnames=("layer", "how"))
 def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) -> Reconstruction:
-    moments = Moments.of(gram)
+    moments = InputMoments.of(gram)
     dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask != 0)
     masked = jnp.where(kept, dense, 0)
     if how.method == "pcg":
@@ -158,7 +158,7 @@ def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) 
     )
 
 
-def _conjugate_gradients(dense, kept, moments: Moments, how: _How):
+def _conjugate_gradients(dense, kept, moments: InputMoments, how: _How):
     """Weights on the support, and the number of iterations."""
     h = moments.centred if how.centred else moments.h
     automatic = jnp.clip(_RIDGE * h.shape[1] / moments.rows, *_RIDGE_BOUNDS)
@@ -248,7 +248,7 @@ def output_error(
     Raises:
       ValueError: when shapes do not fit each other.
     """
-    layer, moments = LayerMatrices.of(w, gram), Moments.of(gram)
+    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
     dense, change = layer.split(w.astype(jnp.float32)), layer.split(new.astype(jnp.float32) - w.astype(jnp.float32))
     zero = jnp.zeros((dense.shape[0], dense.shape[2]))
     constant = zero if bias_change is None else bias_change.astype(jnp.float32).reshape(zero.shape)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from nm_jax.gram import Gram
-from nm_jax.layer import LayerMatrices, Moments
+from nm_jax.layer import InputMoments, LayerMatrices
 
 _DAMPING = 1e-2
 
@@ -35,7 +35,7 @@ def wanda(w: Float[Array, "..."], gram: Gram) -> Float[Array, "..."]:
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023).
     """
-    layer, moments = LayerMatrices.of(w, gram), Moments.of(gram)
+    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(moments.h, axis1=1, axis2=2), 0))[:, :, None]
     return layer.join(jnp.abs(layer.split(w.astype(jnp.float32))) * norms)
 
@@ -61,7 +61,7 @@ def obc(w: Float[Array, "..."], gram: Gram, damping: float = _DAMPING) -> Float[
     """
     if damping <= 0:
         raise ValueError(f"damping must be positive, or a singular H has no inverse, got {damping}")
-    layer, moments = LayerMatrices.of(w, gram), Moments.of(gram)
+    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
     identity = jnp.broadcast_to(jnp.eye(moments.h.shape[1]), moments.h.shape)
     factor = jnp.linalg.cholesky(moments.h + damping * identity)
     inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,12 @@ from nm_jax.checkpoint.store import Checkpoint, Progress, Tensor, no_progress, w
 from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, TensorWriter, header_size
 from nm_jax.checkpoint.tiles import as_bits, find_mask, largest_sum
 from nm_jax.checkpoint.verify import share
+from nm_jax.patterns import Pattern
 from nm_jax.rules import Leaf, Rules, SparseLeaf
 from nm_jax.solvers import Solver, default_solver
+
+_AHEAD = 2  # tensors whose masks are found at once
+_IN_FLIGHT = 1 << 28  # bytes of tensors that are worked on at once, if these are more than one
 
 
 class _How(NamedTuple):
@@ -70,7 +76,7 @@ def prune_checkpoint(
       ValueError: for rules that do not fit.
 
     Float32, bfloat16 and float16 are pruned; what is kept is kept bit for bit, and other tensors and metadata are
-    copied. Memory: a few times the largest tensor that is pruned. A solver is compiled once for each pattern.
+    copied. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A solver is compiled once for each pattern.
     """
     target = Path(target)
     with Checkpoint(source) as checkpoint:
@@ -86,6 +92,14 @@ def prune_checkpoint(
         return CheckpointReport(str(target), tuple(job.reports), tuple(dense_tensors(checkpoint, leaves)), job.seconds)
 
 
+class _Mask(NamedTuple):
+    """A weight, its mask, and what to record of it."""
+
+    weight: np.ndarray
+    mask: np.ndarray
+    record: Record
+
+
 class _Job:
     """The pruning of one checkpoint, and what is known of it so far."""
 
@@ -95,6 +109,7 @@ class _Job:
         self.seconds = {"read": 0.0, "solve": 0.0, "write": 0.0}
         self.weight_map: dict[str, str] = {}
         self.total_size = 0
+        self._compiled: set[Pattern] = set()
         self._lap = time.perf_counter()
 
     def _spent(self, what: str | None = None) -> None:
@@ -105,30 +120,47 @@ class _Job:
         self._lap = now
 
     def write(self, checkpoint: Checkpoint, file: TensorFile, path: Path) -> None:
-        """Writes one file."""
+        """Writes one file. Masks of the next tensors are found while one is written: much of the work on the host uses
+        one core only."""
         tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file is file]
+        found: dict[str, Record] = {}
+        pending: deque[tuple[Tensor, Future[_Mask] | None]] = deque()
+
+        def finish_first() -> None:
+            tensor, mask = pending.popleft()
+            if mask is not None:
+                found[tensor.name] = self._write_sparse(writer, tensor, mask.result())
+            elif tensor.copyable:
+                writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
+            else:
+                writer.write_array(tensor.name, tensor.read()[0])
+            self._spent("write")
+            self.how.progress(tensor.name, tensor.nbytes)
+
         self._spent()
-        with TensorWriter(path, self._room(file, tensors)) as writer:
-            found: dict[str, Record] = {}
+        with TensorWriter(path, self._room(file, tensors)) as writer, ThreadPoolExecutor(_AHEAD) as pool:
             for tensor in tensors:
-                leaf = self.leaves[tensor.name]
+                leaf, ahead = self.leaves[tensor.name], _AHEAD
                 if isinstance(leaf, SparseLeaf):
-                    found[tensor.name] = self._prune(writer, tensor, leaf)
-                    self.reports.append(TensorReport(tensor.name, found[tensor.name]))
-                elif tensor.copyable:
-                    writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
+                    weight, _ = tensor.read()
+                    self._spent("read")
+                    pending.append((tensor, pool.submit(self._find, tensor, leaf, weight)))
+                    # The first of a pattern compiles its solver, which the others would do again beside it.
+                    ahead = _AHEAD if leaf.pattern in self._compiled else 0
+                    self._compiled.add(leaf.pattern)
                 else:
-                    writer.write_array(tensor.name, tensor.read()[0])
-                self._spent("write")
-                self.how.progress(tensor.name, tensor.nbytes)
+                    pending.append((tensor, None))
+                while len(pending) > ahead or sum(tensor.nbytes for tensor, _ in pending) > _IN_FLIGHT:
+                    finish_first()
+            while pending:
+                finish_first()
             writer.finish(self._metadata(file, found))
             self._spent("write")
         self.weight_map |= dict.fromkeys(writer.entries, path.name)
         self.total_size += sum(entry.nbytes for entry in writer.entries.values())
 
-    def _prune(self, writer: TensorWriter, tensor: Tensor, leaf: SparseLeaf) -> Record:
-        weight, _ = tensor.read()
-        self._spent("read")
+    def _find(self, tensor: Tensor, leaf: SparseLeaf, weight: np.ndarray) -> "_Mask":
+        """The mask of a tensor, and what to record of it."""
         solver = self.how.solver
         if solver is None or not solver.supports(leaf.pattern):
             solver = default_solver(leaf.pattern)
@@ -138,9 +170,7 @@ class _Job:
             raise FormatError(
                 f"{tensor.file.path}: {tensor.name!r} cannot be pruned, {error}; repair it, or leave it dense by a rule"
             ) from None
-        mask, kept = found.mask, int(np.count_nonzero(found.mask))
-        best = largest_sum(weight, kept)
-        self._spent("solve")
+        kept = int(np.count_nonzero(found.mask))
         record = Record(
             leaf.pattern,
             leaf.axes,
@@ -149,17 +179,23 @@ class _Job:
             records.layout_of(leaf, self.how.packed, self.how.keep_masks),
             kept,
             share(found.retained, found.total),
-            share(found.retained, best),
+            share(found.retained, largest_sum(weight, kept)),
             found.gap and records.rounded_up(found.gap / max(found.retained, sys.float_info.min)),
         )
+        return _Mask(weight, found.mask, record)
+
+    def _write_sparse(self, writer: TensorWriter, tensor: Tensor, solved: "_Mask") -> Record:
+        weight, mask, record = solved
+        self._spent("solve")
         parts = record.parts(tensor.name)
         if parts[0] == tensor.name:
             np.multiply(as_bits(weight), mask, out=as_bits(weight))
             writer.write_array(parts[0], weight)
         else:
-            writer.write_array(parts[0], take(weight, mask, leaf.axes))
+            writer.write_array(parts[0], take(weight, mask, record.axes))
         if len(parts) > 1:
-            writer.write_array(parts[1], encode(mask, leaf.axes, record.layout == "values+positions"))
+            writer.write_array(parts[1], encode(mask, record.axes, record.layout == "values+positions"))
+        self.reports.append(TensorReport(tensor.name, record))
         return record
 
     def _room(self, file: TensorFile, tensors: list[Tensor]) -> int:

@@ -112,7 +112,7 @@ class CheckpointReport:
       path: the checkpoint.
       tensors: the sparse tensors.
       dense: the others.
-      seconds: time spent reading, solving and writing; empty where nothing was pruned.
+      seconds: time spent reading, waiting for masks ("solve") and writing; empty where nothing was pruned.
     """
 
     path: str

@@ -11,9 +11,7 @@ from experiments import bench_matmul as bench
 
 
 def test_products_are_timed_drawn_and_become_the_profile(tmp_path):
-    products = [
-        bench.bench_product(bench.REFERENCE, (64, 32, 48), side, repeats=2) for side in ("forward", "backward")
-    ]
+    products = [bench.bench_product(bench.REFERENCE, (64, 32, 48), side, repeats=2) for side in ("forward", "backward")]
     for row in products:
         times = [row["seconds"][name] for name in ("dense", "sparse", "packing", "sparse and packing")]
         assert all(seconds > 0 for seconds in times)
