@@ -60,7 +60,8 @@ def prune(folder: Path, dtype: str, count: int) -> dict:
     # A child of a small process of its own: the peak of all children is that of this one.
     script = (
         "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:], stdout=sys.stderr.fileno()); "
-        "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(code, used.ru_maxrss, used.ru_utime + used.ru_stime)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, sys.executable, "-m", "nm_jax.cli", *arguments],
@@ -69,7 +70,7 @@ def prune(folder: Path, dtype: str, count: int) -> dict:
         check=True,
     )
     wall = time.perf_counter() - start
-    code, peak = map(int, done.stdout.split())
+    code, peak, cpu = map(float, done.stdout.split())
     if code:
         raise RuntimeError(done.stderr)
     report = json.loads(done.stderr[done.stderr.index("{") :])
@@ -82,7 +83,8 @@ def prune(folder: Path, dtype: str, count: int) -> dict:
         "tensors": count,
         "seconds": wall,
         "bytes_per_second": size / wall,
-        "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "cpu_seconds": cpu,  # of all cores; far below cores * seconds, other programs were running
+        "peak_bytes": int(peak) * (1 if sys.platform == "darwin" else 1024),
         "solving": seconds["solve"] / wall,
         "reading": seconds["read"] / wall,
         "writing": seconds["write"] / wall,
@@ -93,7 +95,7 @@ def prune(folder: Path, dtype: str, count: int) -> dict:
 def print_table(console: Console, rows: list[dict]) -> None:
     """The results, and whether they are within the limits."""
     table = Table(title=f"nm-jax prune --pattern {PATTERN}, tensors of 64 MB")
-    for column in ("dtype", "size", "time", "MB/s", "peak memory", "solving", "reading", "writing"):
+    for column in ("dtype", "size", "time", "MB/s", "core time", "peak memory", "solving", "reading", "writing"):
         table.add_column(column, justify="left" if column == "dtype" else "right")
     for row in rows:
         table.add_row(
@@ -101,6 +103,7 @@ def print_table(console: Console, rows: list[dict]) -> None:
             f"{row['bytes'] / 1e9:.2f} GB",
             f"{row['seconds']:.1f} s",
             f"{row['bytes_per_second'] / 1e6:.0f}",
+            f"{row['cpu_seconds']:.1f} s",
             f"{row['peak_bytes'] / 1e9:.2f} GB",
             *(f"{100 * row[part]:.0f} %" for part in ("solving", "reading", "writing")),
         )

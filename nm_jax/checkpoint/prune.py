@@ -76,7 +76,8 @@ def prune_checkpoint(
       ValueError: for rules that do not fit.
 
     Float32, bfloat16 and float16 are pruned; what is kept is kept bit for bit, and other tensors and metadata are
-    copied. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A solver is compiled once for each pattern.
+    copied. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A solver is compiled once for each
+    pattern.
     """
     target = Path(target)
     with Checkpoint(source) as checkpoint:
