@@ -95,7 +95,8 @@ def window_moments(
 
     Patches are never all there at once: a loop goes over the first dimension of space (a line is one row of a plane,
     and its patches are). Where that has no stride, two kernel rows at the same distance share their products, so that
-    a 3 x 3 kernel costs 3 products of kernel rows instead of 9.
+    a 3 x 3 kernel costs 3 products of kernel rows instead of 9. In planes without any stride so do two positions of
+    kernel rows, and a 3 x 3 kernel costs 15 products of positions instead of 81, beside those at both ends of a line.
     """
     padding = [(0, 0, 0), *((*pad, spread - 1) for pad, spread in zip(windows.padding, windows.spread, strict=True))]
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], windows.groups, -1)
@@ -127,15 +128,19 @@ def _under_one_row(windows: Windows) -> Windows:
     return Windows(*one, (1, *windows.spread), (1, *windows.dilation), windows.groups)
 
 
-def _patch_row(x: Array, row: Array, windows: Windows, outputs: tuple[int, ...]) -> Float[Array, "images _ groups K"]:
+def _patch_row(x: Array, row: Array, windows: Windows) -> Float[Array, "images _ groups K"]:
     """The patches of one row of the first dimension of space, over the other dimensions of it."""
     y = lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False)
-    for axis in range(len(outputs) - 1, 0, -1):
-        stride, dilation = windows.strides[axis], windows.dilation[axis]
-        stop = (outputs[axis] - 1) * stride + 1
-        starts = [k * dilation for k in range(windows.kernel[axis])]
-        y = jnp.concatenate([lax.slice_in_dim(y, s, s + stop, stride, axis=axis) for s in starts], axis=-1)
+    for axis in range(len(windows.kernel) - 1, 0, -1):
+        y = _side_by_side(y, windows.kernel[axis], windows.dilation[axis], windows.strides[axis], axis)
     return y.reshape(y.shape[0], -1, *y.shape[-2:])
+
+
+def _side_by_side(y: Array, kernel: int, dilation: int, stride: int = 1, axis: int = 1) -> Array:
+    """The windows along one axis, in place of the features."""
+    span = y.shape[axis] - (kernel - 1) * dilation
+    starts = [k * dilation for k in range(kernel)]
+    return jnp.concatenate([lax.slice_in_dim(y, s, s + span, stride, axis=axis) for s in starts], axis=-1)
 
 
 def _by_group(patches: Float[Array, "images positions groups K"]) -> Float[Array, "groups rows K"]:
@@ -149,15 +154,17 @@ def _sliding(x: Array, windows: Windows, outputs: tuple[int, ...]) -> tuple[Arra
     """
     rows, dilation = windows.kernel[0], windows.dilation[0]
     pairs = [(p, q) for p in range(rows) for q in range(p, rows)]
-    x = jnp.pad(x, ((0, 0), (0, (rows - 1) * dilation), *((0, 0),) * (x.ndim - 2)))
+    flat = len(outputs) == 2 and windows.strides[1] == 1
+    products_of = _shared_products if flat and outputs[1] >= _reach(windows) else _row_products
+    x_sum = jnp.sum(x, axis=0, keepdims=True)
 
     def step(sums, u):
         here, total = sums
-        ahead = [_by_group(_patch_row(x, u + e * dilation, windows, outputs)) for e in range(rows)]
-        products = jnp.split(_outer(ahead[0], jnp.concatenate(ahead, axis=-1)), rows, axis=-1)
+        products = products_of(x, [u + e * dilation for e in range(rows)], windows)
+        # A product of rows beyond the last one is inside for no pair.
         inside = [(u >= p * dilation) & (u < p * dilation + outputs[0]) for p in range(rows)]
         here = [h + jnp.where(inside[p], products[q - p], 0) for h, (p, q) in zip(here, pairs, strict=True)]
-        line = jnp.sum(ahead[0], axis=1)
+        line = jnp.sum(_by_group(_patch_row(x_sum, u, windows)), axis=1)
         total = [t + jnp.where(inside[p], line, 0) for p, t in enumerate(total)]
         return (here, total), None
 
@@ -170,13 +177,49 @@ def _sliding(x: Array, windows: Windows, outputs: tuple[int, ...]) -> tuple[Arra
     return jnp.block(upper), jnp.concatenate(total, axis=-1)
 
 
+def _row_products(x: Array, rows: list[Array], windows: Windows) -> list[Array]:
+    """sum over positions t of y[t] z[t]^T, where y are the patches of the first row and z those of each row."""
+    ahead = [_by_group(_patch_row(x, row, windows)) for row in rows]
+    return jnp.split(_outer(ahead[0], jnp.concatenate(ahead, axis=-1)), len(rows), axis=-1)
+
+
+def _reach(windows: Windows) -> int:
+    """Columns from the first to the last position of a kernel row."""
+    return (windows.kernel[1] - 1) * windows.dilation[1]
+
+
+def _shared_products(x: Array, rows: list[Array], windows: Windows) -> list[Array]:
+    """The same for planes without strides: block (a, b) is the sum over t of y[t + a] z[t + b]^T, of single columns.
+
+    With s = t + b it only depends on a - b, but for the first and the last columns s. Those between, where every
+    block has its term, are shared. Each b adds what it has at both ends.
+    """
+    kernel, dilation, reach = windows.kernel[1], windows.dilation[1], _reach(windows)
+    lines = [lax.dynamic_index_in_dim(x, row, axis=1, keepdims=False) for row in rows]
+    first, all_lines = lines[0], jnp.concatenate(lines, axis=-1)
+    features, end = first.shape[-1], first.shape[1] - reach  # `end` is the number of positions t
+    around = _by_group(_side_by_side(first, 2 * kernel - 1, dilation))
+    shared = _outer(around, _by_group(all_lines[:, reach:end]))
+
+    # Patches at the last positions, then at the first: those that b has beside the shared ones are neighbours.
+    ends = [_side_by_side(columns, kernel, dilation) for columns in (first[:, end - reach :], first[:, : 2 * reach])]
+    patches = jnp.concatenate(ends, axis=1)
+    blocks = []
+    for b in range(kernel):
+        shift, top = b * dilation, (kernel - 1 - b) * features
+        columns = jnp.concatenate([all_lines[:, end : end + shift], all_lines[:, shift:reach]], axis=1)
+        at_ends = _outer(_by_group(patches[:, reach - shift : 2 * reach - shift]), _by_group(columns))
+        blocks.append(jnp.split(shared[:, top : top + kernel * features] + at_ends, len(rows), axis=-1))
+    return [jnp.concatenate(of_row, axis=-1) for of_row in zip(*blocks, strict=True)]
+
+
 def _stepping(x: Array, windows: Windows, outputs: tuple[int, ...], keep: Array | None) -> tuple[Array, Array]:
     """Patches of one output row after another."""
 
     def step(sums, t):
         h, total = sums
         starts = [t * windows.strides[0] + k * windows.dilation[0] for k in range(windows.kernel[0])]
-        patches = jnp.concatenate([_patch_row(x, start, windows, outputs) for start in starts], axis=-1)
+        patches = jnp.concatenate([_patch_row(x, start, windows) for start in starts], axis=-1)
         if keep is not None:
             kept = lax.dynamic_index_in_dim(keep, t, axis=1, keepdims=False).reshape(patches.shape[0], -1)
             patches = jnp.where(kept[:, :, None, None], patches, 0)

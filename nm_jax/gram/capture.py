@@ -53,7 +53,7 @@ def gram(
         loop of unknown length or in `shard_map`. Also when a mask does not fit the rows of an activation, or a regular
         expression matches no path.
 
-    Cost: one forward pass and 2 K^2 FLOPs per row of every distinct input; a third of that for a 3 x 3 convolution
+    Cost: one forward pass and 2 K^2 FLOPs per row of every distinct input; a fifth of that for a 3 x 3 convolution
     without strides. Memory: 4 K^2 bytes per matrix, beside what a forward pass takes; patches of a convolution are
     never there at once (of a one-dimensional one they are). Every shape of a batch is traced and compiled once per
     call, with donated sums; parameters and inputs may be sharded over an automatic mesh. Sums are in float32 at the
