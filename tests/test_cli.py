@@ -386,6 +386,10 @@ def mutate(rng, data):
     return bytes(data)
 
 
+def hangs(number, frame):
+    raise AssertionError("it hangs")
+
+
 def try_mutations(run, tmp_path, monkeypatch, packed, count):
     """Each mutated file either is refused, with one line and nothing left, or is valid."""
     monkeypatch.setattr("nm_jax.checkpoint.tiles._CHUNK", 1 << 10)
@@ -398,6 +402,7 @@ def try_mutations(run, tmp_path, monkeypatch, packed, count):
     folder.mkdir()
     arguments = ("--pattern", "2:4-T", "--solver", "greedy", "--json")
     refused = 0
+    signal.signal(signal.SIGALRM, hangs)
     for _ in range(count):
         (folder / "in").write_bytes(mutate(rng, data))
         signal.alarm(60)  # none may hang
