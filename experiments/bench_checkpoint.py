@@ -10,8 +10,6 @@ The command runs in a process of its own, whose peak memory the system reports. 
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from experiments.device import device_name, results_stem
 
 PATTERN = "4:8-T"
 TENSOR_BYTES = 64 << 20
@@ -130,17 +130,14 @@ def main() -> None:
     print_table(console, rows)
     if args.quick:
         return
-    device = jax.devices()[0]
-    name = platform.machine() if device.platform == "cpu" else device.device_kind
     record = {
-        "device": f"{device.platform} {name}",
+        "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
         "pattern": PATTERN,
         "runs": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_checkpoint_{re.sub(r'[^a-z0-9]+', '-', record['device'].lower())}.json"
+    path = results_stem(args.out, "bench_checkpoint").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

@@ -15,8 +15,6 @@ Writes `results/bench_gram_<device>.json` beside this file. About 1 minute on 2 
 import argparse
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
+from experiments.device import device_name, results_stem
 from experiments.models import MiniLM, ResNet
 
 TARGET = 5.0
@@ -151,18 +150,15 @@ def main() -> None:
             networks[name] = bench(build, 1 if args.quick else 2)
     print_table(console, networks)
 
-    device = jax.devices()[0]
-    name = platform.machine() if device.platform == "cpu" else device.device_kind
     record = {
-        "device": f"{device.platform} {name}",
+        "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
         "quick": args.quick,
         "batch": BATCH,
         "networks": networks,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_gram_{re.sub(r'[^a-z0-9]+', '-', record['device'].lower())}.json"
+    path = results_stem(args.out, "bench_gram").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

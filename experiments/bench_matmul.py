@@ -20,8 +20,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
+from experiments.device import device_name, results_stem
 
 # tokens, rows (outputs), k (inputs)
 SHAPES = [
@@ -344,17 +343,15 @@ def main() -> int:
         return int(failed)
 
     repeats = 7 if args.quick else 30
-    name = platform.machine() if device.platform == "cpu" else device.device_kind
     record = {
-        "device": f"{device.platform} {name}",
+        "device": device_name(),
         "jax": jax.__version__,
         "numpy": np.__version__,
         "quick": args.quick,
         "seed": seed,
         "checks": checks,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"bench_matmul_{re.sub(r'[^a-z0-9]+', '-', record['device'].lower())}"
+    stem = results_stem(args.out, "bench_matmul")
     if right:
         shapes = SHAPES[:1] if args.quick else SHAPES
         sides = ("forward", "backward")

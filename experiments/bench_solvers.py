@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import platform
-import re
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from rich.table import Table
 
 import nm_jax as nm
 from experiments import baselines
+from experiments.device import device_name, results_stem
 from nm_jax import TransposableNM, parse_pattern
 from nm_jax.solvers import Exact, Greedy, IntegerProgram, MinCostFlow
 
@@ -433,10 +433,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer blocks, Gaussian only, about 3 minutes")
     quick = parser.parse_args().quick
-    device = jax.devices()[0]
-    kind = f"{device.platform} {platform.machine() if device.platform == 'cpu' else device.device_kind}"
     result = {
-        "device": kind,
+        "device": device_name(),
         "cores": os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
@@ -458,8 +456,7 @@ def main():
     show("Overhead of a refresh every 40 steps, six 1024 x 1024 layers, 4:8-T (paper: ResNet-50)", result["overhead"])
     result["models"] = whole_models(quick)
     show("Whole models (BERT-large and the LLM: each shape timed, times its count)", result["models"])
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"bench_solvers_{re.sub(r'[^a-z0-9]+', '-', kind.lower())}{'_quick' if quick else ''}"
+    stem = results_stem(RESULTS, "bench_solvers" + ("_quick" if quick else ""))
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     figure(result, stem.with_suffix(".png"))
     console.print(f"wrote {stem.name}.json and .png")

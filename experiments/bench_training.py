@@ -16,8 +16,6 @@ beside this file. About 6 minutes on 2 cores, 3 with `--quick`.
 import argparse
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nm_jax as nm
+from experiments.device import device_name, results_stem
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T")
 REFRESH_EVERY = 40
@@ -253,10 +252,8 @@ def main() -> None:
             progress.advance(task)
     print_table(console, models, solvers)
 
-    device = jax.devices()[0]
-    name = platform.machine() if device.platform == "cpu" else device.device_kind
     record = {
-        "device": f"{device.platform} {name}",
+        "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
         "optax": optax.__version__,
@@ -265,8 +262,7 @@ def main() -> None:
         "models": models,
         "solvers": solvers,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_training_{re.sub(r'[^a-z0-9]+', '-', record['device'].lower())}.json"
+    path = results_stem(args.out, "bench_training").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

@@ -1,0 +1,19 @@
+"""What a benchmark ran on, and where its results go."""
+
+import platform
+import re
+from pathlib import Path
+
+import jax
+
+
+def device_name() -> str:
+    """The default device: `cpu x86_64`, `gpu NVIDIA H100`."""
+    device = jax.devices()[0]
+    return f"{device.platform} {platform.machine() if device.platform == 'cpu' else device.device_kind}"
+
+
+def results_stem(folder: Path, benchmark: str) -> Path:
+    """Path of the results of a benchmark on this device, without a suffix; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name().lower())}"
