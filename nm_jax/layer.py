@@ -64,6 +64,11 @@ class LayerMatrices(NamedTuple):
         return self._tiling.join(matrices.reshape(-1, 1, self.groups, rows, cols).transpose(3, 4, 0, 1, 2))
 
 
+def sum_rows(x: Float[Array, "matrices K outputs"]) -> Float[Array, "matrices outputs"]:
+    """Sums over K, as a product: on CPUs jax 0.10 takes longer over such a reduction than over a product with H."""
+    return jnp.einsum("k,mko->mo", jnp.ones(x.shape[1]), x, precision="highest")
+
+
 class InputMoments(NamedTuple):
     """A record in units of the mean diagonal of its Gram matrices, so that nothing depends on the scale of X.
 
@@ -96,14 +101,14 @@ class InputMoments(NamedTuple):
 
     def shift(self, change: Float[Array, "matrices K outputs"]) -> Float[Array, "matrices outputs"]:
         """What a change of the weights adds to every output, on average."""
-        return jnp.sum(self.mean * change, axis=1) / self.unit
+        return sum_rows(self.mean * change) / self.unit
 
     def error(
         self, change: Float[Array, "matrices K outputs"], constant: Float[Array, "matrices outputs"] | None
     ) -> Float[Array, "matrices outputs"]:
         """||X change + constant||^2 of every output; `None` is the constant that makes it least."""
         product = jnp.matmul(self.centred, change, precision="highest")
-        spread = jnp.maximum(jnp.sum(change * product, axis=1), 0)
+        spread = jnp.maximum(sum_rows(change * product), 0)
         return spread if constant is None else spread + ((self.shift(change) + constant) * self.unit) ** 2
 
     def relative(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax.axes import Tiling
 from nm_jax.gram import Gram
-from nm_jax.layer import InputMoments, LayerMatrices
+from nm_jax.layer import InputMoments, LayerMatrices, sum_rows
 from nm_jax.patterns import Pattern, parse_pattern
 
 Method: TypeAlias = Literal["pcg", "adam"]
@@ -172,10 +172,10 @@ def _conjugate_gradients(dense, kept, moments: InputMoments, how: _How):
     def step(_, state):
         new, residual, direction, slope, gained = state
         steepest = preconditioner * residual
-        steeper = jnp.sum(residual * steepest, axis=1, keepdims=True)
+        steeper = sum_rows(residual * steepest)[:, None]
         direction = steepest + _ratio(steeper, slope) * direction
         bent = curvature(direction)
-        length = _ratio(steeper, jnp.sum(direction * bent, axis=1, keepdims=True))
+        length = _ratio(steeper, sum_rows(direction * bent)[:, None])
         residual = residual - jnp.where(kept, length * bent, 0)
         gained = gained + jnp.sum(length * steeper, axis=(1, 2))
         return new + length * direction, residual, direction, steeper, gained
