@@ -37,16 +37,23 @@ def tune_batch_norm(
 
     One pass through the network in training mode per batch. Source: Section A.1.1.
     """
-    zeros, ones = jax.tree.map(jnp.zeros_like, stats), jax.tree.map(jnp.ones_like, stats)
+
+    def update_from(value: int, inputs: tuple) -> dict[str, np.ndarray]:
+        # A new tree each time: an update may write into the one it gets, as Flax NNX does.
+        def fill(keys, leaf):
+            return jnp.full_like(leaf, value) if _counts(path_of(keys)) else leaf
+
+        return _by_path(update(jax.tree_util.tree_map_with_path(fill, stats), *inputs))
+
     averages: dict[str, np.ndarray] = {}
     decay: dict[str, np.ndarray] = {}
     total = 0
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
         # An update is decay * old + (1 - decay) * statistic of the batch: from 0 it tells the latter, from 1 the decay.
-        moved = _by_path(update(zeros, *inputs))
+        moved = update_from(0, inputs)
         if not decay:
-            decay = {path: new - moved[path] for path, new in _by_path(update(ones, *inputs)).items()}
+            decay = {path: new - moved[path] for path, new in update_from(1, inputs).items()}
             _check(decay)
         count = jnp.shape(jax.tree.leaves(inputs)[0])[0]
         total += count
@@ -70,9 +77,11 @@ def tune_batch_norm(
 def _by_path(stats: PyTree[Array]) -> dict[str, np.ndarray]:
     """Means and variances, in double precision."""
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stats)[0]}
-    return {
-        path: np.asarray(leaf, np.float64) for path, leaf in leaves.items() if path.rsplit("/")[-1] in ("mean", "var")
-    }
+    return {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items() if _counts(path)}
+
+
+def _counts(path: str) -> bool:
+    return path.rsplit("/", 1)[-1] in ("mean", "var")
 
 
 def _mean_of(path: str) -> str:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import nm_jax as nm
 
@@ -288,6 +289,24 @@ def test_batch_norm_gets_the_moments_of_all_batches(momentum):
     np.testing.assert_allclose(tuned["norm"]["var"], rows.var(axis=0), rtol=1e-3)
 
 
+def test_batch_norm_of_an_nnx_model():
+    draw = np.random.default_rng(0)
+    batches = [jnp.asarray(draw.normal(k, 1 + k, size=(20, 4)), jnp.float32) for k in range(3)]
+    model = nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    graph, stats, others = nnx.split(model, nnx.BatchStat, ...)
+
+    def update(stats, x):
+        copy = nnx.merge(graph, stats, others)
+        copy.train()
+        copy(x)
+        return nnx.state(copy, nnx.BatchStat)
+
+    nnx.update(model, nm.tune_batch_norm(update, stats, batches))
+    rows = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(model.layers[0].mean[...], rows.mean(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.layers[0].var[...], rows.var(axis=0), rtol=1e-3)
+
+
 def test_batch_norm_tuning_says_what_is_wrong():
     model = Normed()
     x = jnp.ones((4, 4))
@@ -297,6 +316,7 @@ def test_batch_norm_tuning_says_what_is_wrong():
         nm.tune_batch_norm(update, stats, [])
     with pytest.raises(ValueError, match="does not move"):
         nm.tune_batch_norm(lambda stats, x: stats, stats, [x])
+    assert nm.tune_batch_norm(update, stats | {"steps": 7}, [x])["steps"] == 7
     with pytest.raises(ValueError, match="'mean' and 'var'"):
         nm.tune_batch_norm(lambda stats, x: stats, {"norm": {"scale": x}}, [x])
 
