@@ -112,13 +112,24 @@ class Study:
         for method, weights in self.methods(masks, rules).items():
             fixed = method != "AdaPrune"  # the same for all samples
             made = [weights(k) for k in range(1 if fixed else len(self.samples))]
-            for params in made[:1]:
-                assert nm.verify(params, rules).ok, f"{self.network.name} {setting} {method} breaks its pattern"
+            for params in made:
+                self.check(params, masks, rules)
             yield {"setting": setting, "method": method, "values": [self.evaluate(params) for params in made]}
             if self.tunable:
                 made = made * len(self.samples) if fixed else made
                 values = [self.evaluate_tuned(p, s) for p, s in zip(made, self.samples, strict=True)]
                 yield {"setting": setting, "method": f"{method} + BNT", "values": values}
+
+    def check(self, params: Any, masks: Any, rules: Any) -> None:
+        """Every pattern holds; what has no mask, and is not the bias of what has one, is the same bit for bit."""
+        verified = nm.verify(params, rules)
+        if not verified.ok:
+            raise RuntimeError(f"{self.network.name} breaks its pattern\n{verified}")
+        old, masked = by_path(self.params), by_path(masks)
+        free = masked.keys() | {path.replace("kernel", "bias") for path in masked}
+        changed = [path for path, w in by_path(params).items() if path not in free and not np.array_equal(w, old[path])]
+        if changed:
+            raise RuntimeError(f"{self.network.name}: {', '.join(changed)} changed, which should stay as they are")
 
     def baseline(self, name: str) -> list[dict]:
         """The rows of the weights as they are."""
