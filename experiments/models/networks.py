@@ -49,6 +49,11 @@ class Network:
         """The metric on the test data, or on the first `limit` of it."""
         raise NotImplementedError
 
+    @property
+    def tests(self) -> int:
+        """How many test examples there are."""
+        return len(self._test_data[-1])
+
     @functools.cached_property
     def _forward(self):
         return jax.jit(self.module.apply)
