@@ -50,6 +50,7 @@ STEPS, RATE, TRAIN_BATCH = 400, 0.02, 128  # of sparse training, from the pretra
 TRAININGS = 5  # networks that are trained for that
 UNIFORM, OVERALL = "US-0.8", "80 % overall"  # unstructured: the same in every layer, or by one threshold for all
 PERCENTS = (0.1, 1.0, 5.0, 10.0, 20.0, 50.0)
+EXCESS = 0.01  # that a reconstruction may have over the exact minimiser
 LARGE = 384  # K from which the speed of a reconstruction is compared with that of Adam
 
 
@@ -332,8 +333,8 @@ def summary(values: list[float]) -> str:
     return f"{np.mean(values):.2f}{spread}"
 
 
-def print_solver(console: Console, record: dict) -> None:
-    """How near the reconstruction is to the exact minimiser, and how much faster than Adam."""
+def print_solver(console: Console, record: dict) -> bool:
+    """How near the reconstruction is to the exact minimiser, and how much faster than Adam; false when too far."""
     worst = max(record["solver"], key=lambda row: row["excess"])
     grown = sum(row["after"] > row["before"] for row in record["solver"])
     console.print(
@@ -349,6 +350,7 @@ def print_solver(console: Console, record: dict) -> None:
             f"long ({min(ratios):.0f} to {max(ratios):.0f}), and leave {np.median(errors):.2f} times the held-out "
             f"error ({min(errors):.2f} to {max(errors):.2f})"
         )
+    return grown == 0 and worst["excess"] <= EXCESS
 
 
 def draw_probability(path: Path) -> None:
@@ -386,8 +388,9 @@ def draw_violations(record: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def report(console: Console, out: Path, parts: Iterable[str]) -> None:
-    """What has been run to its end."""
+def report(console: Console, out: Path, parts: Iterable[str]) -> bool:
+    """What has been run to its end; false if a reconstruction is not what it should be."""
+    good = True
     draw_probability(out / "adaprune_fig5a.png")
     for part in parts:
         path = out / f"adaprune_{part}.json"
@@ -395,10 +398,11 @@ def report(console: Console, out: Path, parts: Iterable[str]) -> None:
             record = json.loads(path.read_text())
             print_rows(console, record)
             if "solver" in record:
-                print_solver(console, record)
+                good &= print_solver(console, record)
             if part == "sparse":
                 draw_violations(record, out / "adaprune_fig5b.png")
             console.print()
+    return good
 
 
 def main() -> None:
@@ -429,7 +433,8 @@ def main() -> None:
             )
         record["minutes"] = round((time.perf_counter() - start) / 60, 1)
         (out / f"adaprune_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
-    report(console, out, parts if args.report else args.networks.split(","))
+    if not report(console, out, parts if args.report else args.networks.split(",")):
+        raise SystemExit(f"a layer grew, or is more than {100 * EXCESS:.0f} % above the exact minimiser")
 
 
 if __name__ == "__main__":
