@@ -57,10 +57,10 @@ LARGE = 384  # K from which the speed of a reconstruction is compared with that 
 class Study:
     """One network, its calibration samples, and what they say of its layers."""
 
-    def __init__(self, network: Network, variables: dict, quick: bool):
+    def __init__(self, network: Network, variables: dict, quick: bool, tests: int):
         self.network, self.variables, self.params = network, variables, variables["params"]
         count = CALIBRATION.get(network.name, IMAGES)
-        self.count, self.limit = (count // 5, QUICK) if quick else (count, TEST)
+        self.count, self.limit = (count // 5, QUICK) if quick else (count, tests)
         self.samples = [network.calibration(self.count, seed) for seed in (SEEDS[:1] if quick else SEEDS)]
         self.tunable = "batch_stats" in variables
         self.apply = network.apply(variables)
@@ -154,9 +154,9 @@ class Study:
         } | more
 
 
-def from_dense(network: Network, quick: bool, advance: Callable[[], None]) -> dict:
+def from_dense(network: Network, quick: bool, tests: int, advance: Callable[[], None]) -> dict:
     """Table A.1: every pattern and method from the dense weights; and the layers one by one."""
-    study = Study(network, network.variables(), quick)
+    study = Study(network, network.variables(), quick, tests)
     rows, layers = study.baseline("dense"), {}
     for pattern in PATTERNS:
         rules = study.plan(pattern)
@@ -269,13 +269,13 @@ def one_threshold(params: Any, rules: Any, sparsity: float) -> list[tuple[str, s
     return [(f"^{path}$", f"US-{min(np.mean(w < threshold), 0.98):.2f}") for path, w in weights.items()]
 
 
-def from_sparse(quick: bool, advance: Callable[[], None]) -> dict:
+def from_sparse(quick: bool, tests: int, advance: Callable[[], None]) -> dict:
     """Table A.2: 4:8 to 2:4 and 1:2; and Fig. 5b: unstructured to n:8, layer by layer."""
     network, steps = NETWORKS[SPARSE], 20 if quick else STEPS
-    pretrained = Study(network, network.variables(), quick)
+    pretrained = Study(network, network.variables(), quick, tests)
 
     def study(rules: Any) -> Study:
-        return Study(network, trained_on(network, rules, steps, advance), quick)
+        return Study(network, trained_on(network, rules, steps, advance), quick, tests)
 
     rows = pretrained.baseline("dense, as pretrained") + study(None).baseline("dense")
     for suffix in ("", "-T"):
@@ -411,6 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default=",".join(parts), help=f"comma-separated parts of: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="one small sample, few test examples; to another folder")
+    parser.add_argument("--test", type=int, default=TEST, help="test examples at the most (%(default)s)")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
@@ -427,9 +428,9 @@ def main() -> None:
             task = progress.add_task(part, total=steps)
             advance = functools.partial(progress.advance, task)
             record = (
-                from_sparse(args.quick, advance)
+                from_sparse(args.quick, args.test, advance)
                 if part == "sparse"
-                else from_dense(NETWORKS[part], args.quick, advance)
+                else from_dense(NETWORKS[part], args.quick, args.test, advance)
             )
         record["minutes"] = round((time.perf_counter() - start) / 60, 1)
         (out / f"adaprune_{part}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,6 +6,7 @@ whole: masks, AdaPrune, check.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -14,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, PyTree
 
 from nm_jax.adaprune import PruneReport, adaprune
 from nm_jax.masks import Report, Scores, compute_masks, fill, leaves_by_path, verify
 from nm_jax.patterns import NM, Pattern, TransposableNM
 from nm_jax.rules import Rules, SparseLeaf, path_of, resolve
+from nm_jax.sharding import partitioned
 from nm_jax.solvers import Solver
 from nm_jax.tables import aligned
 
@@ -99,12 +102,22 @@ def pattern_violations(params: PyTree[Array], rules: Rules, *, partial: str = "s
                 Violations(
                     leaf,
                     sparsity,
-                    tiles=1 - float(jnp.mean(pattern.allows(leaf.tiling.split(active)))),
+                    tiles=float(_broken(leaf, active)),
                     weights=int(jnp.sum(active & ~masks[leaf.path])) / max(count, 1),
                     expected=violation_probability(pattern.n, pattern.m, sparsity) if type(pattern) is NM else None,
                 )
             )
     return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _broken(leaf: SparseLeaf, active: Bool[Array, "..."]) -> Float[Array, ""]:
+    """The fraction of the tiles that hold more than the pattern allows."""
+
+    def broken(active):
+        return jnp.mean(~leaf.pattern.allows(leaf.tiling.split(active)))
+
+    return partitioned(broken, PartitionSpec(), active)
 
 
 def _is_nonzero(w: Array) -> Array:
@@ -174,8 +187,8 @@ def fit_masks(
     masks = []
     for leaf, value in zip(leaves, values, strict=True):
         if isinstance(leaf, SparseLeaf):
-            fits = bool(jnp.all(leaf.pattern.allows(leaf.tiling.split(value != 0))))
-            masks.append(value != 0 if fits else found[leaf.path])
+            active = value != 0
+            masks.append(found[leaf.path] if _broken(leaf, active) > 0 else active)
     return fill(treedef, leaves, masks, None)
 
 

@@ -7,12 +7,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nm_jax.axes import matrix_groups
 from nm_jax.leaves import solve_leaves
 from nm_jax.rules import DenseLeaf, Leaf, Rules, SparseLeaf, empty, path_of, resolve
+from nm_jax.sharding import partitioned
 from nm_jax.solvers import Solver
 from nm_jax.tables import aligned
 
@@ -271,11 +272,7 @@ def verify(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _report_leaf(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
-    examine = functools.partial(_examine, leaf)
-    if AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types:
-        # Explicit meshes have no sharding for groups of a sharded axis; the partitioner finds one.
-        examine = jax.sharding.auto_axes(examine, out_sharding=PartitionSpec())
-    return examine(value, original)
+    return partitioned(functools.partial(_examine, leaf), PartitionSpec(), value, original)
 
 
 def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:

@@ -17,12 +17,14 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax.axes import Tiling
 from nm_jax.gram import Gram
 from nm_jax.layer import InputMoments, LayerMatrices, sum_rows
 from nm_jax.patterns import Pattern, parse_pattern
+from nm_jax.sharding import partitioned, spec
 
 Method: TypeAlias = Literal["pcg", "adam"]
 
@@ -130,6 +132,15 @@ def reconstruct(
 
 @functools.partial(jax.jit, static_argnames=("layer", "how"))
 def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) -> Reconstruction:
+    one = PartitionSpec()
+    specs = (spec(w), None if bias is None else spec(bias), one, one, one)
+    return Reconstruction(
+        *partitioned(functools.partial(_on_matrices, layer, how), specs, w, gram, samples, mask, bias)
+    )
+
+
+def _on_matrices(layer: LayerMatrices, how: _How, w, gram, samples, mask, bias):
+    """The fields of a `Reconstruction`."""
     moments = InputMoments.of(gram)
     dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask != 0)
     masked = jnp.where(kept, dense, 0)
@@ -149,13 +160,10 @@ def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) 
     after = moments.error(new - dense, constant)
     better = after < before
     energy = moments.error(dense, unchanged)
-    return Reconstruction(
-        weight=layer.join(jnp.where(better[:, None], new, masked)).astype(w.dtype),
-        bias=None if bias is None else jnp.where(better, moved, old_bias).reshape(bias.shape),
-        before=moments.relative(before, energy),
-        after=moments.relative(jnp.where(better, after, before), energy),
-        iterations=iterations,
-    )
+    weight = layer.join(jnp.where(better[:, None], new, masked)).astype(w.dtype)
+    bias = None if bias is None else jnp.where(better, moved, old_bias).reshape(bias.shape)
+    after = jnp.where(better, after, before)
+    return weight, bias, moments.relative(before, energy), moments.relative(after, energy), iterations
 
 
 def _conjugate_gradients(dense, kept, moments: InputMoments, how: _How):
@@ -248,7 +256,12 @@ def output_error(
     Raises:
       ValueError: when shapes do not fit each other.
     """
-    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
+    measure = functools.partial(_measure, LayerMatrices.of(w, gram), centred)
+    return partitioned(measure, PartitionSpec(), w, new, gram, bias_change)
+
+
+def _measure(layer: LayerMatrices, centred: bool, w, new, gram, bias_change) -> Float[Array, ""]:
+    moments = InputMoments.of(gram)
     dense, change = layer.split(w.astype(jnp.float32)), layer.split(new.astype(jnp.float32) - w.astype(jnp.float32))
     zero = jnp.zeros((dense.shape[0], dense.shape[2]))
     constant = zero if bias_change is None else bias_change.astype(jnp.float32).reshape(zero.shape)
@@ -283,7 +296,10 @@ def absorb_mean(
         raise ValueError(f"{pattern} has no groups whose mean could be absorbed; use an n:m pattern")
     if jnp.shape(mask) != jnp.shape(w):
         raise ValueError(f"the mask has shape {jnp.shape(mask)}, the weights have {jnp.shape(w)}")
-    tiling = Tiling(jnp.shape(w), axes, tile[0], 1)
+    return partitioned(functools.partial(_absorb, Tiling(jnp.shape(w), axes, tile[0], 1)), spec(w), w, mask)
+
+
+def _absorb(tiling: Tiling, w, mask) -> Float[Array, "..."]:
     groups, kept = tiling.split(w.astype(jnp.float32)), tiling.split(mask)
     pruned = jnp.sum(jnp.where(kept, 0, groups), axis=0, keepdims=True)
     share = pruned / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True), 1)

@@ -6,6 +6,7 @@ They are arrays like the weights and go wherever scores go, to any solver and an
     masks = nm.compute_masks(params, plan, scores=nm.score_tree(nm.obc, params, grams))
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nm_jax.gram import Gram
 from nm_jax.layer import InputMoments, LayerMatrices
+from nm_jax.sharding import partitioned, spec
 
 _DAMPING = 1e-2
 
@@ -35,7 +37,11 @@ def wanda(w: Float[Array, "..."], gram: Gram) -> Float[Array, "..."]:
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023).
     """
-    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
+    return partitioned(functools.partial(_wanda, LayerMatrices.of(w, gram)), spec(w), w, gram)
+
+
+def _wanda(layer: LayerMatrices, w, gram: Gram) -> Float[Array, "..."]:
+    moments = InputMoments.of(gram)
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(moments.h, axis1=1, axis2=2), 0))[:, :, None]
     return layer.join(jnp.abs(layer.split(w.astype(jnp.float32))) * norms)
 
@@ -61,7 +67,11 @@ def obc(w: Float[Array, "..."], gram: Gram, damping: float = _DAMPING) -> Float[
     """
     if damping <= 0:
         raise ValueError(f"damping must be positive, or a singular H has no inverse, got {damping}")
-    layer, moments = LayerMatrices.of(w, gram), InputMoments.of(gram)
+    return partitioned(functools.partial(_obc, LayerMatrices.of(w, gram), damping), spec(w), w, gram)
+
+
+def _obc(layer: LayerMatrices, damping: float, w, gram: Gram) -> Float[Array, "..."]:
+    moments = InputMoments.of(gram)
     identity = jnp.broadcast_to(jnp.eye(moments.h.shape[1]), moments.h.shape)
     factor = jnp.linalg.cholesky(moments.h + damping * identity)
     inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)

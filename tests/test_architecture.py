@@ -10,6 +10,7 @@ import nm_jax
 ROOT = pathlib.Path(nm_jax.__file__).parent
 # Each room may import from rooms of a smaller number only, and from its own.
 FLOORS = {
+    "sharding": 0,
     "tables": 0,
     "patterns": 0,
     "moments": 0,

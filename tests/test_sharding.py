@@ -1,5 +1,6 @@
 """Parameters sharded over 8 virtual devices: the masks of one device, and no weight moves to find them."""
 
+import functools
 import re
 
 import jax
@@ -214,3 +215,71 @@ def test_unstructured_masks_are_those_of_one_device():
     expected = nm.compute_masks({"w": weight}, [("w", "US-0.75")])["w"]
     sharded = jax.device_put(weight, NamedSharding(the_mesh, P("x", "y")))
     np.testing.assert_array_equal(nm.compute_masks({"w": sharded}, [("w", "US-0.75")])["w"], expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("shape, axes", [((16, 32), "io"), ((2, 8, 32), "iio")])
+def test_a_reconstruction_stays_sharded_by_its_outputs(kind, shape, axes):
+    draw = np.random.default_rng(0)
+    w = jnp.asarray(draw.normal(size=shape), jnp.float32)
+    gram = nm.Gram.from_inputs(jnp.asarray(draw.normal(size=(100, 16)) @ draw.normal(size=(16, 16)), jnp.float32), axes)
+    mask = jnp.asarray(draw.random(shape) < 0.5)
+    expected = nm.reconstruct(w, gram, mask, bias=jnp.zeros(32))
+    the_mesh = mesh(kind)
+    with jax.set_mesh(the_mesh):
+        outputs = NamedSharding(the_mesh, P(*[None] * (len(shape) - 1), "x"))
+        whole = NamedSharding(the_mesh, P())
+        args = jax.device_put((w, gram, mask), (outputs, whole, outputs))
+        bias = jax.device_put(jnp.zeros(32), NamedSharding(the_mesh, P("x")))
+        found = nm.reconstruct(*args, bias=bias)
+        assert not re.findall(MOVES, jax.jit(nm.reconstruct).lower(*args, bias=bias).compile().as_text())
+        others = {
+            "error": nm.output_error(args[0], found.weight, args[1]),
+            "bias fix": nm.absorb_mean(args[0], args[2], "2:4", axes),
+            "Wanda": nm.wanda(args[0], args[1]),
+            "OBC": nm.obc(args[0], args[1]),
+        }
+    for leaf in (found.weight, others["bias fix"], others["Wanda"], others["OBC"]):
+        assert leaf.sharding.is_equivalent_to(outputs, len(shape))
+    np.testing.assert_allclose(found.weight, expected.weight, atol=1e-4)
+    np.testing.assert_allclose(found.bias, expected.bias, atol=1e-4)
+    np.testing.assert_allclose(found.after, expected.after, rtol=1e-3)
+    np.testing.assert_allclose(others["error"], nm.output_error(w, expected.weight, gram), rtol=1e-3)
+    np.testing.assert_allclose(others["bias fix"], nm.absorb_mean(w, mask, "2:4", axes), atol=1e-6)
+    np.testing.assert_allclose(others["Wanda"], nm.wanda(w, gram), rtol=1e-5)
+    np.testing.assert_allclose(others["OBC"], nm.obc(w, gram), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("images", [P("x"), P()], ids=["data", "outputs"])
+def test_a_sharded_model_is_converted_as_on_one_device(kind, images):
+    """Over images, or over the outputs of the kernels."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "conv": jax.random.normal(keys[0], (3, 3, 4, 16)),
+        "layers": jax.random.normal(keys[1], (2, 16, 16)) / 4,
+        "head": {"kernel": jax.random.normal(keys[2], (16, 32)), "bias": jnp.zeros(32)},
+    }
+    x = jax.random.normal(keys[3], (32, 6, 6, 4)) + 0.5
+    rules = [("conv", "2:4-T", "bbio"), ("layers", "2:4-T", "bio"), ("head/kernel", "4:8-T", "io")]
+
+    def apply(params, x):
+        x = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x, _ = jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x.mean((1, 2)), params["layers"])
+        return x @ params["head"]["kernel"] + jnp.broadcast_to(params["head"]["bias"], (len(x), 32))
+
+    expected, report = nm.convert(apply, params, rules, [x, x[:16] + 1])
+    the_mesh = mesh(kind)
+    with jax.set_mesh(the_mesh):
+        outputs = P(None, "x") if images == P() else P()
+        specs = {"conv": P(), "layers": P(), "head": {"kernel": outputs, "bias": P(*outputs[1:])}}
+        shard = functools.partial(jax.tree.map, lambda leaf, spec: jax.device_put(leaf, NamedSharding(the_mesh, spec)))
+        batches = [jax.device_put(part, NamedSharding(the_mesh, images)) for part in (x, x[:16] + 1)]
+        found, again = nm.convert(apply, shard(params, specs), rules, batches)
+    assert again.check.ok
+    assert found["head"]["kernel"].sharding.is_equivalent_to(NamedSharding(the_mesh, outputs), 2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)
+    for ours, theirs in zip(again.layers.layers, report.layers.layers, strict=True):
+        assert ours.path == theirs.path and ours.rows == theirs.rows
+        assert ours.after == pytest.approx(theirs.after, rel=1e-2)

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from nm_jax.gram.layout import Layout, inner_loops, taps_of
 from nm_jax.gram.record import Gram
 from nm_jax.moments import Moments, product_moments, window_moments
 from nm_jax.rules import LeafRules
+from nm_jax.sharding import partitioned
 from nm_jax.tracing import Site, Tap, walk_model
 from nm_jax.tracing._jaxpr import Equation, Literal, Opened, bind, branches, called, loop
 
@@ -56,7 +58,7 @@ def gram(
     Cost: one forward pass and 2 K^2 FLOPs per row of every distinct input; a fifth of that for a 3 x 3 convolution
     without strides. Memory: 4 K^2 bytes per matrix, beside what a forward pass takes; patches of a convolution are
     never there at once (of a one-dimensional one they are). Every shape of a batch is traced and compiled once per
-    call, with donated sums; parameters and inputs may be sharded over an automatic mesh. Sums are in float32 at the
+    call, with donated sums; parameters and inputs may be sharded over a mesh. Sums are in float32 at the
     highest precision whatever the model computes in. Not for use inside `jit`.
     """
     flat, treedef = jax.tree.flatten(params)
@@ -177,10 +179,12 @@ class _Evaluation:
         path = self.layout.traces[tap.view.leaf].path
         if tap.windows is None:
             rows = tuple(size for dim, size in enumerate(x.shape) if dim not in dims and dim not in batch)
-            return product_moments(x, dims, batch, self._kept(rows, path))
+            moments = functools.partial(product_moments, contracted=dims, batch=batch)
+            return partitioned(moments, PartitionSpec(), x, keep=self._kept(rows, path))
         x = x.transpose(dims[0], *dims[2:], dims[1])
         rows = (x.shape[0], *tap.windows.outputs(tap.windows.padded(x.shape[1:-1])))
-        return window_moments(x, tap.windows, self._kept(rows, path))
+        moments = functools.partial(window_moments, windows=tap.windows)
+        return partitioned(moments, PartitionSpec(), x, keep=self._kept(rows, path))
 
     def _kept(self, rows: tuple[int, ...], path: str) -> Array | None:
         """The mask, if it fits the rows of an activation."""

@@ -1,0 +1,36 @@
+"""Computations that take leaves apart, on meshes with explicit axes."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+Out = TypeVar("Out")
+
+
+def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any, **more: Any) -> Out:
+    """`function(*args, **more)` with the shardings inside left to the partitioner.
+
+    With explicit axes every intermediate array needs a sharding that its type can say, and the groups of a sharded
+    dimension, or its parts in matrices, have none.
+
+    Args:
+      function: of arrays.
+      out_specs: partition specs of what it returns, of a tree's leaves or of a whole subtree.
+      *args: trees of arrays.
+      **more: likewise.
+
+    Returns:
+      What the function returns, with these specs if a mesh with explicit axes is involved.
+    """
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((args, more)))
+    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
+        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*args, **more)
+    return function(*args, **more)
+
+
+def spec(leaf: Array) -> PartitionSpec:
+    """How an array is sharded, as far as its type says it."""
+    return jax.typeof(leaf).sharding.spec
