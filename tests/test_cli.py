@@ -261,7 +261,8 @@ def test_a_full_disk(tmp_path):
 
 
 SLOWLY = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from nm_jax.checkpoint.tensorfile import TensorWriter
 from nm_jax.cli import main
 
