@@ -375,15 +375,15 @@ def draw_violations(record: dict, path: Path) -> None:
             points = [row for row in rows if row["method"] == method]
             means, spreads = zip(*((np.mean(r["values"]), np.std(r["values"])) for r in points), strict=True)
             axis.errorbar([r["percent"] for r in points], means, spreads, marker="o", capsize=2, label=method)
-            if method == "none":
-                for row, mean in zip(points, means, strict=True):
-                    axis.annotate(f"{100 * row['sparsity']:.0f} %", (row["percent"], mean), fontsize=7)
         base = next(row for row in record["rows"] if row["setting"] == start)["values"][0]
         axis.axhline(base, color="grey", linestyle="--", label=start)
-        title = f"{record['network']}, {start}, to n:8 for each layer"
-        axis.set(xscale="log", xlabel="allowed probability of a violation, %", title=title)
+        axis.set(
+            xscale="log", xlabel="allowed probability of a violation, %\nzeros", title=f"{start}, to n:8 layer by layer"
+        )
+        axis.set_xticks([row["percent"] for row in points], [f"{r['percent']:g}\n{r['sparsity']:.0%}" for r in points])
+        axis.minorticks_off()
         axis.legend(fontsize=8)
-    axes[0].set(ylabel="test accuracy, %")
+    axes[0].set(ylabel=f"{record['network']}, test accuracy, %")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
