@@ -165,7 +165,9 @@ def from_dense(network: Network, quick: bool, tests: int, advance: Callable[[], 
             values = []
             for gram in study.grams:
                 masks = nm.compute_masks(study.params, rules, scores=nm.score_tree(nm.obc, study.params, gram))
-                values.append(study.evaluate(nm.reconstruct_layers(study.params, masks, gram)[0]))
+                params = nm.reconstruct_layers(study.params, masks, gram)[0]
+                study.check(params, masks, rules)
+                values.append(study.evaluate(params))
             rows.append({"setting": pattern, "method": "AdaPrune, OBC masks", "values": values})
             layers[pattern] = layer_errors(study, rules)
         advance()
