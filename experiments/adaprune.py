@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nm_jax as nm
+from experiments.device import core_count, device_name
 from experiments.models import NETWORKS, Network, data, row_mask
 
 matplotlib.use("Agg")
@@ -60,7 +61,7 @@ class Study:
     def __init__(self, network: Network, variables: dict, quick: bool, tests: int):
         self.network, self.variables, self.params = network, variables, variables["params"]
         count = CALIBRATION.get(network.name, IMAGES)
-        self.count, self.limit = (count // 5, QUICK) if quick else (count, tests)
+        self.count, self.limit = count // 5 if quick else count, tests
         self.samples = [network.calibration(self.count, seed) for seed in (SEEDS[:1] if quick else SEEDS)]
         self.tunable = "batch_stats" in variables
         self.apply = network.apply(variables)
@@ -149,6 +150,8 @@ class Study:
             "calibration": self.count,
             "samples": len(self.samples),
             "test": min(self.limit, self.network.tests),
+            "device": device_name(),
+            "cores": core_count(),
             "jax": jax.__version__,
             "rows": rows,
         } | more
@@ -266,7 +269,8 @@ def trained_on(network: Network, rules: Any, steps: int, advance: Callable[[], N
 
 def one_threshold(params: Any, rules: Any, sparsity: float) -> list[tuple[str, str]]:
     """Unstructured patterns whose sparsities differ: those that one threshold for all layers gives them."""
-    weights = {path: np.abs(by_path(params)[path]) for path in by_path(nm.compute_masks(params, rules))}
+    dense = by_path(params)
+    weights = {path: np.abs(dense[path]) for path in by_path(nm.compute_masks(params, rules))}
     threshold = np.quantile(np.concatenate([w.ravel() for w in weights.values()]), sparsity)
     return [(f"^{path}$", f"US-{min(np.mean(w < threshold), 0.98):.2f}") for path, w in weights.items()]
 
@@ -288,10 +292,8 @@ def from_sparse(quick: bool, tests: int, advance: Callable[[], None]) -> dict:
             violations = nm.pattern_violations(start.params, rules)
             for row in start.rows(f"4:8{suffix} to {target}", nm.fit_masks(start.params, rules), rules):
                 rows.append(row | _mean_violations(violations))
-    unstructured = {
-        UNIFORM: pretrained.plan("US-0.8"),
-        OVERALL: one_threshold(pretrained.params, pretrained.plan("US-0.8"), 0.8),
-    }
+    uniform = pretrained.plan(UNIFORM)
+    unstructured = {UNIFORM: uniform, OVERALL: one_threshold(pretrained.params, uniform, 0.8)}
     for name, pattern in unstructured.items():
         start = study(pattern)
         rows += start.baseline(name)
@@ -413,7 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default=",".join(parts), help=f"comma-separated parts of: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="one small sample, few test examples; to another folder")
-    parser.add_argument("--test", type=int, default=TEST, help="test examples at the most (%(default)s)")
+    parser.add_argument("--test", type=int, help=f"test examples at the most (default {TEST}, with --quick {QUICK})")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
@@ -422,6 +424,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if unknown := set(args.networks.split(",")) - set(parts):
         raise SystemExit(f"unknown parts {sorted(unknown)}; there are {', '.join(parts)}")
+    tests = args.test or (QUICK if args.quick else TEST)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for part in () if args.report else args.networks.split(","):
         start = time.perf_counter()
@@ -430,13 +433,13 @@ def main() -> None:
             task = progress.add_task(part, total=steps)
             advance = functools.partial(progress.advance, task)
             record = (
-                from_sparse(args.quick, args.test, advance)
+                from_sparse(args.quick, tests, advance)
                 if part == "sparse"
-                else from_dense(NETWORKS[part], args.quick, args.test, advance)
+                else from_dense(NETWORKS[part], args.quick, tests, advance)
             )
         record["minutes"] = round((time.perf_counter() - start) / 60, 1)
         (out / f"adaprune_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
-    if not report(console, out, parts if args.report else args.networks.split(",")):
+    if not report(console, out, args.networks.split(",")):
         raise SystemExit(f"a layer grew, or is more than {100 * EXCESS:.0f} % above the exact minimiser")
 
 

@@ -9,7 +9,6 @@ The command runs in a process of its own, whose peak memory the system reports. 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.device import device_name, results_stem
+from experiments.device import core_count, device_name, results_stem
 
 PATTERN = "4:8-T"
 TENSOR_BYTES = 64 << 20
@@ -132,7 +131,7 @@ def main() -> None:
         return
     record = {
         "device": device_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "jax": jax.__version__,
         "pattern": PATTERN,
         "runs": rows,

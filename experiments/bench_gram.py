@@ -14,7 +14,6 @@ Writes `results/bench_gram_<device>.json` beside this file. About 1 minute on 2 
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import device_name, results_stem
+from experiments.device import core_count, device_name, results_stem
 from experiments.models import MiniLM, ResNet
 
 TARGET = 5.0
@@ -152,7 +151,7 @@ def main() -> None:
 
     record = {
         "device": device_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "jax": jax.__version__,
         "quick": args.quick,
         "batch": BATCH,

@@ -15,7 +15,6 @@ beside this file. About 6 minutes on 2 cores, 3 with `--quick`.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import device_name, results_stem
+from experiments.device import core_count, device_name, results_stem
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T")
 REFRESH_EVERY = 40
@@ -254,7 +253,7 @@ def main() -> None:
 
     record = {
         "device": device_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "jax": jax.__version__,
         "optax": optax.__version__,
         "quick": args.quick,

@@ -1,5 +1,6 @@
 """What a benchmark ran on, and where its results go."""
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -11,6 +12,11 @@ def device_name() -> str:
     """The default device: `cpu x86_64`, `gpu NVIDIA H100`."""
     device = jax.devices()[0]
     return f"{device.platform} {platform.machine() if device.platform == 'cpu' else device.device_kind}"
+
+
+def core_count() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def results_stem(folder: Path, benchmark: str) -> Path:

@@ -10,8 +10,8 @@ from jaxtyping import Array
 Out = TypeVar("Out")
 
 
-def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any, **more: Any) -> Out:
-    """`function(*args, **more)` with the shardings inside left to the partitioner.
+def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any) -> Out:
+    """`function(*args)` with the shardings inside left to the partitioner.
 
     With explicit axes every intermediate array needs a sharding that its type can say, and the groups of a sharded
     dimension, or its parts in matrices, have none.
@@ -20,15 +20,14 @@ def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any, **more
       function: of arrays.
       out_specs: partition specs of what it returns, of a tree's leaves or of a whole subtree.
       *args: trees of arrays.
-      **more: likewise.
 
     Returns:
       What the function returns, with these specs if a mesh with explicit axes is involved.
     """
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((args, more)))
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
     if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
-        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*args, **more)
-    return function(*args, **more)
+        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*args)
+    return function(*args)
 
 
 def spec(leaf: Array) -> PartitionSpec:

@@ -175,16 +175,16 @@ class _Evaluation:
         return [*values, *items], sums | carried | found
 
     def _moments(self, tap: Tap, x: Array) -> Moments:
-        dims, batch = tap.layout
+        (dims, batch), windows = tap.layout, tap.windows
         path = self.layout.traces[tap.view.leaf].path
-        if tap.windows is None:
+        if windows is None:
             rows = tuple(size for dim, size in enumerate(x.shape) if dim not in dims and dim not in batch)
-            moments = functools.partial(product_moments, contracted=dims, batch=batch)
-            return partitioned(moments, PartitionSpec(), x, keep=self._kept(rows, path))
+            kept = self._kept(rows, path)
+            return partitioned(lambda x, keep: product_moments(x, dims, batch, keep), PartitionSpec(), x, kept)
         x = x.transpose(dims[0], *dims[2:], dims[1])
-        rows = (x.shape[0], *tap.windows.outputs(tap.windows.padded(x.shape[1:-1])))
-        moments = functools.partial(window_moments, windows=tap.windows)
-        return partitioned(moments, PartitionSpec(), x, keep=self._kept(rows, path))
+        rows = (x.shape[0], *windows.outputs(windows.padded(x.shape[1:-1])))
+        kept = self._kept(rows, path)
+        return partitioned(lambda x, keep: window_moments(x, windows, keep), PartitionSpec(), x, kept)
 
     def _kept(self, rows: tuple[int, ...], path: str) -> Array | None:
         """The mask, if it fits the rows of an activation."""
