@@ -10,29 +10,15 @@ import nm_jax
 ROOT = pathlib.Path(nm_jax.__file__).parent
 # Each room may import from rooms of a smaller number only, and from its own.
 FLOORS = {
-    "sharding": 0,
-    "tables": 0,
-    "patterns": 0,
-    "moments": 0,
-    "axes": 1,
-    "matmul": 2,
-    "solvers": 2,
-    "rules": 3,
-    "leaves": 4,
-    "tracing": 4,
-    "gram": 5,
-    "plan": 5,
-    "masks": 5,
-    "ste": 5,
-    "training": 6,
-    "layer": 6,
-    "batch_norm": 6,
-    "reconstruct": 7,
-    "scores": 7,
-    "adaprune": 8,
-    "convert": 9,
-    "checkpoint": 8,
-    "cli": 9,
+    "_core": 0,
+    "solvers": 1,
+    "matmul": 1,
+    "_masks": 2,
+    "_model": 2,
+    "_training": 3,
+    "_reconstruct": 3,
+    "checkpoint": 4,
+    "cli": 5,
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
+from nm_jax._masks.trees import leaves_by_path
 from nm_jax.checkpoint import records
 from nm_jax.checkpoint.packed import encode, take
 from nm_jax.checkpoint.records import Record
 from nm_jax.checkpoint.store import Checkpoint, written_beside
 from nm_jax.checkpoint.tensorfile import TensorWriter, dtype_name, header_size
 from nm_jax.checkpoint.tiles import broken_tiles, nonzero
-from nm_jax.masks import leaves_by_path
-from nm_jax.rules import Rules, SparseLeaf, empty, resolve
 
 
 def save_checkpoint(

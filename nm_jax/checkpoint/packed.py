@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Array, Bool, Shaped, UInt8
 
-from nm_jax.axes import Tiling
+from nm_jax._core.axes import Tiling
 
 
 def _positions_of_masks() -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nm_jax._core.patterns import Pattern
+from nm_jax._core.rules import Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint import records
 from nm_jax.checkpoint.packed import encode, take
 from nm_jax.checkpoint.records import Record
@@ -20,8 +22,6 @@ from nm_jax.checkpoint.store import Checkpoint, Progress, Tensor, no_progress, w
 from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, TensorWriter, header_size
 from nm_jax.checkpoint.tiles import as_bits, find_mask, largest_sum
 from nm_jax.checkpoint.verify import share
-from nm_jax.patterns import Pattern
-from nm_jax.rules import Leaf, Rules, SparseLeaf
 from nm_jax.solvers import Solver, default_solver
 
 _AHEAD = 2  # tensors whose masks are found at once

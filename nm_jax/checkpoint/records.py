@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from nm_jax.axes import check_axes
+from nm_jax._core.axes import check_axes
+from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
+from nm_jax._core.rules import Rule, Rules, SparseLeaf, parse_rules
 from nm_jax.checkpoint.tensorfile import FormatError, parse_json
-from nm_jax.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
-from nm_jax.rules import Rule, Rules, SparseLeaf, parse_rules
 
 KEY = "nm_jax"
 Layout: TypeAlias = Literal["dense", "dense+mask", "values+mask", "values+positions"]

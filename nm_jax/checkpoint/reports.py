@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from nm_jax._core.rules import DenseLeaf, Leaf
+from nm_jax._masks.verify import LeafReport, Report
 from nm_jax.checkpoint.records import Record
 from nm_jax.checkpoint.store import Checkpoint
-from nm_jax.masks import LeafReport, Report
-from nm_jax.rules import DenseLeaf, Leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nm_jax._core.rules import DenseLeaf, Leaf, Rules, resolve
 from nm_jax.checkpoint import records
 from nm_jax.checkpoint.packed import decode, put
 from nm_jax.checkpoint.records import Record
 from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, parse_json
-from nm_jax.rules import DenseLeaf, Leaf, Rules, resolve
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the bytes of a tensor that is done

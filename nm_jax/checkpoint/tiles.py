@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt
 
-from nm_jax.axes import Tiling
-from nm_jax.patterns import Pattern
-from nm_jax.rules import SparseLeaf
+from nm_jax._core.axes import Tiling
+from nm_jax._core.patterns import Pattern
+from nm_jax._core.rules import SparseLeaf
 from nm_jax.solvers import Solver
 
 _CHUNK = 1 << 18  # entries of a chunk

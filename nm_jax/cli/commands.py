@@ -17,11 +17,11 @@ from click.shell_completion import get_completion_class
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from nm_jax._core.patterns import Pattern, TransposableNM, mask_diversity, parse_pattern
+from nm_jax._core.rules import Rule, Rules, SparseLeaf
 from nm_jax.checkpoint import Checkpoint, CheckpointReport, Examination, FormatError, prune_checkpoint
 from nm_jax.checkpoint.reports import dense_tensors
 from nm_jax.cli.page import Page, write_page
-from nm_jax.patterns import Pattern, TransposableNM, mask_diversity, parse_pattern
-from nm_jax.rules import Rule, Rules, SparseLeaf
 from nm_jax.solvers import Exact, Greedy, MinCostFlow
 
 _VIOLATED, _USAGE, _FILES, _INTERRUPTED, _PIPE = 1, 2, 3, 130, 141

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from nm_jax.axes import Tiling
+from nm_jax._core.axes import Tiling
 from nm_jax.checkpoint import CheckpointReport, TensorReport
 from nm_jax.checkpoint.store import written_beside
 from nm_jax.checkpoint.verify import Seen

@@ -19,10 +19,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from nm_jax.matmul import mosaic
-from nm_jax.matmul.fragments import CHUNK, expand, lane_words
-from nm_jax.matmul.mosaic import arith, fragmented_array, ir, llvm, memref, nvvm, pl, plgpu
-from nm_jax.matmul.packing import SparseMatrix
+from nm_jax.matmul import _mosaic as mosaic
+from nm_jax.matmul._fragments import CHUNK, expand, lane_words
+from nm_jax.matmul._mosaic import arith, fragmented_array, ir, llvm, memref, nvvm, pl, plgpu
+from nm_jax.matmul._packing import SparseMatrix
 
 CAPABILITY = range(90, 91)  # wgmma exists on compute capability 9.0 only
 TILE_ROWS = 128

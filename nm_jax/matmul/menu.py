@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nm_jax.matmul import ampere, hopper, reference
-from nm_jax.matmul.packing import SparseMatrix, compress
-from nm_jax.matmul.profile import load_profile, profile_path
+from nm_jax.matmul._packing import SparseMatrix, compress
+from nm_jax.matmul._profile import load_profile, profile_path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nm_jax.matmul.packing import SparseMatrix, to_dense
+from nm_jax.matmul._packing import SparseMatrix, to_dense
 
 
 def supports(dtype, tokens: int, rows: int, k: int, device) -> str | None:

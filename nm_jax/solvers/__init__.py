@@ -1,5 +1,7 @@
 """Solvers: tiles of scores in, masks out. One algorithm, one file."""
 
+from nm_jax.solvers._slabs import Solved as Solved
+from nm_jax.solvers._slabs import solve_matrices as solve_matrices
 from nm_jax.solvers.base import Certificate as Certificate
 from nm_jax.solvers.base import Solution as Solution
 from nm_jax.solvers.base import Solver as Solver
@@ -9,7 +11,5 @@ from nm_jax.solvers.greedy import Greedy as Greedy
 from nm_jax.solvers.integer import IntegerProgram as IntegerProgram
 from nm_jax.solvers.menu import default_solver as default_solver
 from nm_jax.solvers.menu import solve as solve
-from nm_jax.solvers.slabs import Solved as Solved
-from nm_jax.solvers.slabs import solve_matrices as solve_matrices
 from nm_jax.solvers.topk import TopK as TopK
 from nm_jax.solvers.topk import Window as Window

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nm_jax.patterns import Pattern
+from nm_jax._core.patterns import Pattern
 
 
 @jax.tree_util.register_dataclass

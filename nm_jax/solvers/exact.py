@@ -44,7 +44,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from nm_jax.patterns import TransposableNM
+from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Certificate, Solver, blank, replace_nonfinite
 
 _MAX_M = 32  # a row of a mask is one int32

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from nm_jax.patterns import TransposableNM
+from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Solver, replace_nonfinite
 
 

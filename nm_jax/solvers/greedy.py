@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nm_jax.patterns import TransposableNM
+from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Solver, order_key, rank, replace_nonfinite
 
 

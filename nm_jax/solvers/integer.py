@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from nm_jax.patterns import TransposableNM
+from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Solver
 from nm_jax.solvers.flow import on_host
 

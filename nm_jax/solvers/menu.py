@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nm_jax.axes import Tiling
-from nm_jax.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
+from nm_jax._core.axes import Tiling
+from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
+from nm_jax.solvers._slabs import Solved, solve_matrices
 from nm_jax.solvers.base import Solver
 from nm_jax.solvers.exact import Exact
 from nm_jax.solvers.flow import MinCostFlow
-from nm_jax.solvers.slabs import Solved, solve_matrices
 from nm_jax.solvers.topk import TopK, Window
 
 

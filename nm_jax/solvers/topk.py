@@ -5,7 +5,7 @@ import functools
 
 import jax.numpy as jnp
 
-from nm_jax.patterns import NM, SequentialNM, Unstructured
+from nm_jax._core.patterns import NM, SequentialNM, Unstructured
 from nm_jax.solvers.base import Solver, order_key, rank, replace_nonfinite
 
 

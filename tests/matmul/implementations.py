@@ -4,7 +4,8 @@ import functools
 
 import jax.numpy as jnp
 
-from nm_jax.matmul import Implementation, ampere, hopper, mosaic, reference
+from nm_jax.matmul import Implementation, ampere, hopper, reference
+from nm_jax.matmul import _mosaic as mosaic
 
 
 def _interpreted(module, config):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nm_jax.matmul import ampere, hopper
-from nm_jax.matmul.fragments import lane_words
+from nm_jax.matmul._fragments import lane_words
 from tests.matmul import cases, compiling, ptx
 
 pytestmark = pytest.mark.gpu_compile

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nm_jax.matmul import nm_matmul, pack
-from nm_jax.matmul.packing import compress
+from nm_jax.matmul._packing import compress
 from tests.matmul.cases import all_pairs, transposable
 from tests.matmul.implementations import HOPPER, REFERENCE, RUNNABLE
 

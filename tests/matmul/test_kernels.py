@@ -11,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nm_jax.matmul import ampere, fragments, hopper, mosaic
-from nm_jax.matmul.packing import SparseMatrix
+from nm_jax.matmul import _fragments as fragments
+from nm_jax.matmul import _mosaic as mosaic
+from nm_jax.matmul import ampere, hopper
+from nm_jax.matmul._packing import SparseMatrix
 from tests.matmul import cases, ptx
 
 KERNELS = {"hopper": hopper, "ampere": ampere}
@@ -347,7 +349,7 @@ import sys
 sys.modules["jax.experimental.pallas.mosaic_gpu"] = None
 import jax, jax.numpy as jnp
 from nm_jax.matmul import ampere, hopper
-from nm_jax.matmul.packing import SparseMatrix
+from nm_jax.matmul._packing import SparseMatrix
 a = SparseMatrix(jnp.zeros((16, 8), jnp.bfloat16), jnp.zeros((16, 1), jnp.uint16), 16)
 for kernel in (ampere, hopper):
     print(kernel.supports(jnp.bfloat16, 256, 256, 256, jax.devices()[0]))

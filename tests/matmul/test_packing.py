@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nm_jax.matmul import pack, repack, unpack
-from nm_jax.matmul.packing import to_dense
+from nm_jax.matmul._packing import to_dense
 from tests.matmul.cases import PAIRS, all_pairs, transposable, words
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from nm_jax import TransposableNM, parse_pattern, solve
-from nm_jax.axes import Tiling
+from nm_jax._core.axes import Tiling
 from nm_jax.solvers import MinCostFlow
 from nm_jax.solvers.exact import Exact, duality_gap
 from tests.helpers import SCORES, best_by_enumeration, reference_blocks

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nm_jax import TransposableNM
-from nm_jax.axes import Tiling
-from nm_jax.solvers import Exact, Greedy, slabs, solve_matrices
+from nm_jax._core.axes import Tiling
+from nm_jax.solvers import Exact, Greedy, solve_matrices
+from nm_jax.solvers import _slabs as slabs
 
 PATTERN = TransposableNM(2, 4)
 LEAVES = {

@@ -1,0 +1,1 @@
+"""What every part speaks: patterns, axes, rules, nonzero, sharding, tables."""

@@ -1,0 +1,1 @@
+"""Masks over pytrees: solve the leaves, compute, apply, verify."""

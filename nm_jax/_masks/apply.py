@@ -1,0 +1,41 @@
+"""Applying masks to parameters."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from nm_jax._core.rules import empty, path_of
+from nm_jax._masks.trees import leaves_by_path
+
+
+def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None]) -> PyTree[Array]:
+    """`mask * param` for every leaf that has a mask; the others as they are.
+
+    Args:
+      params: parameters.
+      masks: a tree of masks with the same paths; `None` where a leaf stays dense.
+
+    Returns:
+      A tree like `params`, exact zeros where pruned. Its gradient is zero for pruned entries (hard masking); use
+      `nm_jax.ste` for the straight-through one. Works under `jit`, `vmap` and `grad`.
+    """
+    by_path = leaves_by_path(masks)
+    known = set()
+
+    def apply(keys, param):
+        path = path_of(keys)
+        if path not in by_path:
+            raise ValueError(f"masks has no entry for {path}; compute them for this tree (None for a dense leaf)")
+        known.add(path)
+        mask = by_path[path]
+        if empty(mask):
+            return param
+        if jnp.shape(mask) != jnp.shape(param):
+            raise ValueError(f"{path}: the mask has shape {jnp.shape(mask)}, the parameter has {jnp.shape(param)}")
+        return jnp.where(mask, param, 0)
+
+    masked = jax.tree_util.tree_map_with_path(apply, params)
+    for path, mask in by_path.items():
+        if path not in known and not empty(mask):
+            raise ValueError(f"masks has an entry for {path}, which is not among the parameters")
+    return masked

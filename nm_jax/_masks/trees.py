@@ -1,0 +1,26 @@
+"""Trees that belong to trees of parameters: one entry per leaf, found by its path."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from nm_jax._core.rules import DenseLeaf, Leaf, SparseLeaf, empty, path_of
+
+
+def fill(treedef: Any, leaves: Sequence[Leaf], values: Iterable[Any], otherwise: Any) -> PyTree:
+    """A tree with the next value for every sparse leaf, and `otherwise` for the others."""
+    remaining = iter(values)
+    return treedef.unflatten([next(remaining) if isinstance(leaf, SparseLeaf) else otherwise for leaf in leaves])
+
+
+def dense_leaves(leaves: Sequence[Leaf]) -> tuple[DenseLeaf, ...]:
+    return tuple(leaf for leaf in leaves if isinstance(leaf, DenseLeaf))
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their path, nodes that stand for 'no leaf here' included. Containers do not matter, so
+    that the masks in the state of an optimiser fit the parameters of any framework."""
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
+    return {path_of(keys): leaf for keys, leaf in nodes}

@@ -1,0 +1,178 @@
+"""What every leaf of a tree really is: checks that a network has the pattern that it should have."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from nm_jax._core.axes import matrix_groups
+from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
+from nm_jax._core.sharding import partitioned
+from nm_jax._core.tables import aligned
+from nm_jax._masks.trees import dense_leaves, leaves_by_path
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=("leaf",),
+    data_fields=("ok", "kept", "contraction", "output", "retained", "against_unstructured", "nan", "gap"),
+)
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """What one sparse leaf really is.
+
+    Attributes:
+      leaf: path, shape, pattern and axes.
+      ok: whether no tile breaks the pattern.
+      kept: fraction of nonzero (or, of a mask, True) entries.
+      contraction: most kept entries in a group of m along the contraction axis; `None` for unstructured patterns.
+      output: most kept entries in a group of m along the output axis, that is in W^T.
+      retained: kept share of the l1 norm of the dense weights; `None` when these are not given.
+      against_unstructured: the same, relative to the unstructured mask that keeps as many entries (the paper's
+        Fig. 3b).
+      nan: whether the scores of the mask had NaN (from `compute_masks`).
+      gap: relative distance to the proved optimum, 0 = optimal, -1 = no proof (from `compute_masks`).
+    """
+
+    leaf: SparseLeaf
+    ok: Bool[Array, ""]
+    kept: Float[Array, ""]
+    contraction: Int[Array, ""] | None = None
+    output: Int[Array, ""] | None = None
+    retained: Float[Array, ""] | None = None
+    against_unstructured: Float[Array, ""] | None = None
+    nan: Bool[Array, ""] | None = None
+    gap: Float[Array, ""] | None = None
+
+    def cells(self) -> dict[str, str]:
+        """The row as it is printed."""
+        pattern = self.leaf.pattern
+        shape = "x".join(map(str, self.leaf.shape))
+        cells = {"path": self.leaf.path, "shape": shape, "axes": self.leaf.axes, "pattern": str(pattern)}
+        cells["kept"] = _percent(self.kept)
+        if self.contraction is not None and self.output is not None and pattern.tile is not None:
+            m = pattern.tile[0]
+            cells |= {"W": f"{int(self.contraction)}/{m}", "W^T": f"{int(self.output)}/{m}"}
+        if self.retained is not None:
+            cells |= {"retained": _percent(self.retained), "of US": _percent(self.against_unstructured)}
+        remarks = [] if self.ok else [f"VIOLATES {pattern}"]
+        if self.nan is not None and self.nan:
+            remarks.append("scores had NaN")
+        if self.gap is not None and self.gap >= 0:
+            remarks.append("optimal, proved" if self.gap == 0 else f"within {float(self.gap):.1e} of the optimum")
+        return cells | {"remark": ", ".join(remarks)}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("rows",), meta_fields=("dense",))
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What every leaf of a tree is: print it, or ask `.ok`. It is a pytree, so `verify` can run under `jit`.
+
+    Attributes:
+      rows: what each sparse leaf is.
+      dense: the leaves that stay dense, and why.
+    """
+
+    rows: list[LeafReport]
+    dense: tuple[DenseLeaf, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every leaf that should be sparse has its pattern."""
+        return all(bool(row.ok) for row in self.rows)
+
+    def __getitem__(self, path: str) -> LeafReport:
+        for row in self.rows:
+            if row.leaf.path == path:
+                return row
+        raise KeyError(f"{path!r} is not among the sparse leaves")
+
+    def __str__(self) -> str:
+        broken = sum(not row.ok for row in self.rows)
+        verdict = f"{broken} of them VIOLATE their pattern" if broken else "all have their pattern"
+        lines = [
+            f"{len(self.rows)} sparse {'leaf' if len(self.rows) == 1 else 'leaves'}, {verdict}",
+            *aligned([row.cells() for row in self.rows]),
+        ]
+        if self.dense:
+            reasons = [{"path": d.path, "shape": "x".join(map(str, d.shape)), "because": d.reason} for d in self.dense]
+            lines += ["", f"{len(self.dense)} dense {'leaf' if len(self.dense) == 1 else 'leaves'}", *aligned(reasons)]
+        return "\n".join(lines)
+
+
+def _percent(share) -> str:
+    return f"{100 * float(share):.1f}%"
+
+
+def verify(
+    params_or_masks: PyTree[Array],
+    rules: Rules,
+    *,
+    dense: PyTree[Array] | None = None,
+    partial: str = "skip",
+) -> Report:
+    """Checks that parameters (their nonzeros) or masks have the pattern that the rules say, leaf by leaf.
+
+    Args:
+      params_or_masks: parameters, or boolean masks as `compute_masks` returns them.
+      rules: the rules they were made with.
+      dense: the dense weights, for the retained magnitude.
+      partial: as in `compute_masks`.
+
+    Returns:
+      A report: `.ok`, a row per leaf, and a readable table as its string. A pattern holds when no group keeps *more*
+      than n; along both axes where it is transposable. Works under `jit`.
+
+    Raises:
+      ValueError: for rules that do not fit the tree.
+    """
+    originals = {} if dense is None else leaves_by_path(dense)
+    leaves = resolve(params_or_masks, rules, partial)
+    rows = []
+    for leaf, value in zip(leaves, jax.tree.leaves(params_or_masks), strict=True):
+        if isinstance(leaf, SparseLeaf):
+            original: Any = originals.get(leaf.path)
+            if empty(original):
+                original = None
+            elif jnp.shape(original) != leaf.shape:
+                raise ValueError(f"{leaf.path}: dense has shape {jnp.shape(original)}, the leaf has {leaf.shape}")
+            rows.append(report_leaf(leaf, value, original))
+    return Report(rows, dense_leaves(leaves))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def report_leaf(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
+    return partitioned(functools.partial(_examine, leaf), PartitionSpec(), value, original)
+
+
+def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
+    kept = value if value.dtype == jnp.bool_ else _nonzero(value)
+    pattern, count = leaf.pattern, jnp.sum(kept)
+    row = LeafReport(leaf, ok=jnp.all(pattern.allows(leaf.tiling.split(kept))), kept=count / kept.size)
+    if pattern.tile is not None:
+        contraction, output = matrix_groups(kept, leaf.axes, pattern.tile[0])
+        row = dataclasses.replace(row, contraction=jnp.max(contraction), output=jnp.max(output))
+    if original is not None:
+        magnitude = jnp.abs(original).astype(jnp.float32)
+        retained = jnp.sum(jnp.where(kept, magnitude, 0))
+        largest = jnp.sort(magnitude, axis=None, descending=True)
+        unstructured = jnp.sum(jnp.where(jnp.arange(kept.size) < count, largest, 0))
+        total = jnp.sum(magnitude)
+        share = functools.partial(_share, retained)
+        row = dataclasses.replace(row, retained=share(total), against_unstructured=share(unstructured))
+    return row
+
+
+def _share(part: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
+    """part / whole; nothing of nothing is all of it."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 1)
+
+
+def _nonzero(value: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """`value != 0` on the bits: comparisons of floats may take subnormal numbers for zero."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[value.dtype.itemsize]
+    return (jax.lax.bitcast_convert_type(value, unsigned) << 1) != 0

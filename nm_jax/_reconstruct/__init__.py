@@ -1,0 +1,1 @@
+"""A pretrained network without training: scores, reconstruction, conversion."""

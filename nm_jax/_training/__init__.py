@@ -1,0 +1,1 @@
+"""Sparse training: the optax transformation, its state and gradient rules."""

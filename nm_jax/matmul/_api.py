@@ -1,0 +1,237 @@
+"""`nm_matmul`: the product of a layer with a 2:4 weight, whose gradients run sparse too."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from nm_jax._core.patterns import Pattern, TransposableNM, parse_pattern
+from nm_jax.matmul._packing import PackedWeight, SparseMatrix, compress, pack, take, to_dense
+from nm_jax.matmul.menu import Implementation, Product, choose
+
+
+def nm_matmul(
+    x: Float[Array, "*batch in"],
+    w: Float[Array, "in out"] | PackedWeight,
+    pattern: str | Pattern = "2:4-T",
+    *,
+    implementation: str | Implementation | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    device: jax.Device | None = None,
+) -> Float[Array, "*batch out"]:
+    """The product with a 2:4 weight, its forward and its input gradient on sparse tensor cores.
+
+    Y = X W,   dX = dY W^T,   dW = X^T dY  (every entry: the straight-through gradient)
+
+    With `"2:4-T"` the first two run sparse, with `"2:4"` the first alone. The weight gradient is dense, so that pruned
+    weights learn and the mask can change (Section 4 of the paper).
+
+    What `implementation=None` means is decided for each product when it is traced: of the sparse kernels that support
+    device, dtype, shape and version of jax, the one that was *measured* to beat the dense product at a shape within a
+    factor of two, the packing of the weight included (`experiments/bench_matmul.py` measures, `save_profile` saves).
+    Everywhere else, on CPU above all, it is the plain dense product, which gives the same result and packs nothing.
+
+    Args:
+      x: any leading dimensions. Operands are promoted to one dtype; bfloat16 and float16 are accumulated in float32.
+      w: weight with exact zeros where it is pruned, or a packed one. A weight that has no 2:4 pattern is an error when
+        it is concrete; while tracing, sparse kernels use the two largest of each group, and a dense product uses it
+        as it is.
+      pattern: `"2:4"`, `"2:4-T"`, or another whose masks are 2:4 masks too (1:4, 1:2, 2:4-S). Of a packed weight the
+        input gradient runs sparse if it was packed for that.
+      implementation: `None`, `"hopper"`, `"ampere"`, `"reference"` or an `Implementation`. A named one runs, for both
+        products, or raises.
+      precision: of dense products, as in `jax.numpy.dot`; kernels multiply bfloat16 and float16 exactly.
+      device: where it will run, for compiling ahead of time; `None`: the default device.
+
+    Returns:
+      x W in the promoted dtype.
+
+    Raises:
+      ValueError: for a pattern that sparse tensor cores do not read (4:8, unstructured), shapes or dtypes that do not
+        fit, a concrete weight without the pattern, a named implementation that cannot run.
+
+    Works under `jit`, `vmap` (a batch of x becomes one product, weights of a batch are multiplied one after another by
+    a sparse implementation, and the choice sees the shape of one example) and reverse-mode differentiation of any
+    order; forward mode through a sparse implementation is refused by jax. The gradient of a packed weight goes to its
+    values, and through `repack` or `pack` to the kept entries of the weight. Kernels see the operands of one device:
+    under a mesh that the compiler partitions, `None` means dense; call it inside `jax.shard_map` to run kernels there.
+    """
+    both = sparse_sides(pattern)
+    if isinstance(w, PackedWeight):
+        both = w.backward is not None
+    dtype = _check(x, w, both)
+    k, rows = w.matrix_shape if isinstance(w, PackedWeight) else w.shape
+    product = Product(np.dtype(dtype), math.prod(x.shape[:-1]), rows, k, isinstance(w, PackedWeight))
+    sides = choose_sides(product, both, implementation, device)
+    return multiply(x.astype(dtype), _cast(w, dtype), sides, precision)
+
+
+def sparse_sides(pattern: str | Pattern) -> bool:
+    """Whether a pattern makes both products sparse (True) or the forward product alone (False); refuses others."""
+    pattern = parse_pattern(pattern)
+    n, m = getattr(pattern, "n", None), getattr(pattern, "m", None)
+    if n is None or m is None or 4 % m or n * (4 // m) > 2:
+        raise ValueError(
+            f"sparse tensor cores read two kept of every four, and a {pattern} mask may keep more of some four; "
+            "train with sparse_training(..., '2:4-T') ('2:4': forward product only), or give the weight a 2:4 mask "
+            "(nm.compute_masks(params, '2:4-T'))"
+        )
+    return isinstance(pattern, TransposableNM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What runs the two products of a layer; `None`: a dense product."""
+
+    forward: Implementation | None
+    backward: Implementation | None
+
+    @property
+    def dense(self) -> bool:
+        return self.forward is None and self.backward is None
+
+
+def choose_sides(
+    product: Product, both: bool, implementation: str | Implementation | None, device: jax.Device | None
+) -> Sides:
+    """What runs X W, which is `product`, and with `both` dY W^T."""
+    if not min(product.tokens, product.k, product.rows):
+        return Sides(None, None)
+    forward = choose(implementation, product, device)
+    transposed = dataclasses.replace(product, rows=product.k, k=product.rows)
+    return Sides(forward, choose(implementation, transposed, device) if both else None)
+
+
+def multiply(
+    x: Float[Array, "*batch in"], w: Array | PackedWeight, sides: Sides, precision: jax.lax.PrecisionLike
+) -> Float[Array, "*batch out"]:
+    """X W by the chosen implementations, for operands of one dtype."""
+    if sides.dense:
+        return _dot(x, _dense(w), x.ndim - 1, 0, precision)
+    y = _product(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w, sides, precision, False)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _check(x, w, both: bool):
+    """The common dtype of the operands, or a ValueError."""
+    if isinstance(w, PackedWeight):
+        if w.forward is None:
+            raise ValueError("the weight was packed with orientation='backward'; the product needs 'both' or 'forward'")
+        size, values = w.matrix_shape[0], w.forward.values
+    elif w.ndim != 2:
+        raise ValueError(f"w must be a matrix (in, out) or packed, got shape {w.shape}; reshape it, or use dot_general")
+    else:
+        size, values = w.shape[0], w
+    if x.ndim < 1 or x.shape[-1] != size:
+        raise ValueError(f"x has shape {x.shape} but the weight takes {size} inputs; its last axis must be that")
+    dtype = jnp.result_type(x, values)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"nm_matmul multiplies floating point numbers, got {dtype}; convert an operand")
+    if values is w and not isinstance(w, jax.core.Tracer):
+        pack(w, orientation="both" if both else "forward")  # raises where it has no 2:4 pattern
+    return dtype
+
+
+def _cast(w, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, w)
+
+
+# ----------------------------------------------------------------------------------------------- one rule, both sides
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(
+    x: Float[Array, "tokens k"], w: Array | PackedWeight, sides: Sides, precision, transposed: bool
+) -> Float[Array, "tokens rows"]:
+    """X W, or X W^T. Each is the input gradient of the other, which makes derivatives of any order right."""
+    implementation = sides.backward if transposed else sides.forward
+    if implementation is None:
+        return _dot(x, _dense(w), 1, 1 if transposed else 0, precision)
+    if isinstance(w, PackedWeight):
+        a = w.backward if transposed else w.forward
+        assert a is not None  # or no implementation would have been chosen for this side
+    else:
+        left = w if transposed else w.T
+        a, _ = compress(left, left != 0)
+    return sparse_product(implementation, a, x)
+
+
+def _product_forward(x, w, sides, precision, transposed):
+    return _product(x, w, sides, precision, transposed), (x, w)
+
+
+def _product_backward(sides, precision, transposed, residuals, gradient):
+    x, w = residuals
+    to_x = _product(gradient, w, sides, precision, not transposed)
+    left, right = (gradient, x) if transposed else (x, gradient)
+    to_w = _dot(left, right, 0, 0, precision)
+    if isinstance(w, PackedWeight):
+        to_w = _to_values(w, to_w, "backward" if transposed and sides.backward else "forward")
+    return to_x, to_w
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _to_values(w: PackedWeight, gradient: Float[Array, "in out"], read: str) -> PackedWeight:
+    """The gradient of a packed weight: on the values of the side that the product read."""
+    sides = {}
+    for side, matrix in (("forward", gradient.T), ("backward", gradient)):
+        if (a := getattr(w, side)) is not None:
+            values = take(a, matrix).values if side == read else jnp.zeros_like(a.values)
+            sides[side] = dataclasses.replace(a, values=values, metadata=_no_gradient(a.metadata))
+    return dataclasses.replace(w, overfull=_no_gradient(w.overfull), **sides)
+
+
+def _no_gradient(integers: Array) -> Array:
+    """What jax takes for the gradient of integers."""
+    return np.zeros(integers.shape, jax.dtypes.float0)  # type: ignore[return-value]
+
+
+def _dense(w: Array | PackedWeight) -> Float[Array, "in out"]:
+    if not isinstance(w, PackedWeight):
+        return w
+    assert w.forward is not None  # the caller of the product was asked for it
+    return to_dense(w.forward).T
+
+
+def _dot(a, b, over_a: int, over_b: int, precision) -> Array:
+    """A dense product accumulated in float32 at least, in the dtype of the operands."""
+    accumulator = jnp.promote_types(a.dtype, jnp.float32)
+    dimensions = (((over_a,), (over_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision, accumulator).astype(a.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def sparse_product(
+    implementation: Implementation, a: SparseMatrix, x: Float[Array, "tokens k"]
+) -> Float[Array, "tokens rows"]:
+    """X A^T by an implementation, which gets one matrix at a time under `vmap`."""
+
+    @jax.custom_batching.custom_vmap
+    def one(a, x):
+        return nm_sparse_product(implementation, a, x)
+
+    @one.def_vmap
+    def many(size, batched, a, x):
+        if not any(jax.tree.leaves(batched[0])):
+            return one(a, x.reshape(-1, x.shape[-1])).reshape(size, -1, a.rows), True
+
+        def at(index):
+            return jax.tree.map(lambda leaf, varies: leaf[index] if varies else leaf, (a, x), tuple(batched))
+
+        return jax.lax.map(lambda index: one(*at(index)), jnp.arange(size)), True
+
+    return one(a, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def nm_sparse_product(implementation: Implementation, a: SparseMatrix, x: Array) -> Array:
+    """X A^T; a function of its own, so that jaxprs and profiles of compiled programs name it."""
+    return implementation.product(a, x)

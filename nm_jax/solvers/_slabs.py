@@ -1,0 +1,231 @@
+"""Solving many matrices with one pattern: compiled once, and never more than a slab of tiles unfolded at a time.
+
+A solver wants tiles unfolded, entry by entry, which costs another copy of the weights when it is done for all of them.
+Here a loop unfolds a slab, solves it and stores its mask. Large matrices are read in place, a few rows of tiles at a
+time; small ones, which would leave a slab mostly empty, are unfolded into a common pool first.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nm_jax._core.axes import Tiling
+from nm_jax._core.patterns import Pattern
+from nm_jax.solvers.base import Solution, Solver, blank, check_scores
+
+_SLAB_ENTRIES = 1 << 20  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """The mask of one matrix, and what its tiles add up to.
+
+    Attributes:
+      mask: True = kept, in the shape of the matrix.
+      gap: sum over tiles of dual bound minus objective; minus infinity from solvers that give no proof.
+      objective: sum over tiles of the absolute objective.
+      nan: number of tiles with NaN among their scores.
+    """
+
+    mask: Bool[Array, "..."]
+    gap: Float[Array, ""]
+    objective: Float[Array, ""]
+    nan: Float[Array, ""]
+
+
+def solve_matrices(
+    scores: Sequence[Float[Array, "..."]],
+    tilings: Sequence[Tiling],
+    pattern: Pattern,
+    solver: Solver,
+    transform: Callable[[Array], Array] | None = None,
+) -> list[Solved]:
+    """Solves matrices of any layout that share a pattern.
+
+    Args:
+      scores: what to keep the most of, one array per matrix.
+      tilings: how each is cut into tiles of the pattern.
+      pattern: the pattern of all.
+      solver: the solver of all.
+      transform: elementwise function from the arrays to the scores, such as `jnp.abs`; it is applied slab by slab, so
+        that the scores need no memory of their own.
+
+    Raises:
+      ValueError: for scores that are not floating point.
+
+    Temporary memory: one byte per entry, 9 per tile, the pool of matrices that are smaller than a slab (or padded), and
+    a slab.
+    """
+    for score in scores:
+        check_scores(score)
+    transform = transform or (lambda x: x)
+    if pattern.tile is None or pattern.tile[1] == 1:  # solved by a few elementwise passes, which need no slabs
+        return [_solve_at_once(transform(s), t, pattern, solver) for s, t in zip(scores, tilings, strict=True)]
+    return _Slabs(scores, tilings, *pattern.tile, transform).solve(pattern, solver)
+
+
+def _solve_at_once(scores, tiling: Tiling, pattern, solver) -> Solved:
+    solution = solver(tiling.split(scores), pattern, tiling.valid())
+    gap, objective, nan = _totals(solution)
+    return Solved(tiling.join(solution.mask), jnp.sum(gap), jnp.sum(objective), jnp.sum(nan))
+
+
+def _totals(solution: Solution) -> tuple[Array, Array, Array]:
+    """Gap, absolute objective and NaN flag of each tile, as floats."""
+    objective = jnp.abs(solution.objective).astype(jnp.float32)
+    certificate = solution.certificate
+    gap = jnp.full_like(objective, -jnp.inf) if certificate is None else certificate.gap * certificate.unit
+    return gap, objective, solution.nan.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Large:
+    """A matrix that is read in place: `count` slabs of `height` rows of tiles; the last one overlaps its neighbour."""
+
+    tiling: Tiling
+    rows: Float[Array, "tile_rows rows columns"]
+    height: int
+    count: int
+
+    @property
+    def wide(self) -> int:
+        return self.rows.shape[2] // self.tiling.cols
+
+    def read(self, k, size: int, transform, dtype):
+        """Tiles of slab k, (rows, cols, size), zeros after the last."""
+        start = jnp.minimum(k * self.height, self.rows.shape[0] - self.height)
+        slab = transform(jax.lax.dynamic_slice_in_dim(self.rows, start, self.height)).astype(dtype)
+        tiles = slab.reshape(self.height, self.tiling.rows, self.wide, self.tiling.cols).transpose(1, 3, 0, 2)
+        tiles = tiles.reshape(self.tiling.rows, self.tiling.cols, -1)
+        return jnp.pad(tiles, ((0, 0), (0, 0), (0, size - tiles.shape[2])))
+
+    def gather(self, slabs):
+        """(..., slabs, size) -> (..., batch, row tiles, column tiles): each row of tiles once."""
+        lead = slabs.shape[:-2]
+        tile_rows = slabs[..., : self.height * self.wide].reshape(*lead, self.count * self.height, self.wide)
+        last = (self.count - 1) * self.height
+        overlap = self.count * self.height - self.rows.shape[0]
+        if overlap:
+            parts = [tile_rows[..., :last, :], tile_rows[..., last + overlap :, :]]
+            tile_rows = jnp.concatenate(parts, axis=-2)
+        batch, contraction, _ = self.tiling.matrix_shape
+        return tile_rows.reshape(*lead, batch, contraction // self.tiling.rows, self.wide)
+
+
+class _Slabs:
+    """The loop over slabs, and where each matrix is in it."""
+
+    def __init__(self, scores: Sequence[Array], tilings: Sequence[Tiling], rows: int, cols: int, transform: Callable):
+        self.tilings, self.transform = tilings, transform
+        self.rows, self.cols, self.like = rows, cols, scores[0]
+        self.dtype = functools.reduce(jnp.promote_types, [s.dtype for s in scores], jnp.float32)
+        widest = max(-(-t.matrix_shape[2] // cols) for t in tilings)
+        target = max(_SLAB_ENTRIES // (rows * cols), widest)
+
+        self.large: dict[int, _Large] = {}
+        pooled: list[int] = []
+        for k, (score, tiling) in enumerate(zip(scores, tilings, strict=True)):
+            if tiling.ragged or score.size < _SLAB_ENTRIES:
+                pooled.append(k)
+                continue
+            tile_rows = tiling.rows_of_tiles(score)
+            height = min(max(target // (tile_rows.shape[2] // cols), 1), tile_rows.shape[0])
+            self.large[k] = _Large(tiling, tile_rows, height, -(-tile_rows.shape[0] // height))
+
+        self.pooled = {k: math.prod(self._counts(k)) for k in pooled}
+        self.pool: Array | None
+        self.valid: Array | None
+        self.pool, self.valid = self._unfold(scores) if pooled else (None, None)
+        pool_size = sum(self.pooled.values())
+        used = [large.height * large.wide for large in self.large.values()]
+        self.size = max(used, default=min(target, pool_size))
+        self.pool_slabs = -(-pool_size // self.size)
+        if pooled:
+            spare = self.pool_slabs * self.size - pool_size
+            self.pool, self.valid = (
+                None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, spare)), constant_values=fill)
+                for x, fill in ((self.pool, 0), (self.valid, True))
+            )
+
+    def _counts(self, k: int) -> tuple[int, int, int]:
+        """Tiles of matrix k: (batch, row tiles, column tiles)."""
+        batch, rows, cols = self.tilings[k].matrix_shape
+        return batch, -(-rows // self.rows), -(-cols // self.cols)
+
+    def _unfold(self, scores):
+        """Tiles of the small matrices one after another, and which of their entries are not padding."""
+
+        def flat(tiles):
+            return tiles.reshape(self.rows, self.cols, -1)
+
+        tiles = [flat(self.tilings[k].split(self.transform(scores[k]).astype(self.dtype))) for k in self.pooled]
+        valid = [self.tilings[k].valid() for k in self.pooled]
+        if all(v is None for v in valid):
+            return jnp.concatenate(tiles, axis=2), None
+        shown = [jnp.ones(t.shape, bool) if v is None else flat(v) for t, v in zip(tiles, valid, strict=True)]
+        return jnp.concatenate(tiles, axis=2), jnp.concatenate(shown, axis=2)
+
+    def solve(self, pattern: Pattern, solver: Solver) -> list[Solved]:
+        readers: list[Callable] = []
+        begins, slabs = [], 0  # the first slab of each reader
+        for large in self.large.values():
+            readers.append(functools.partial(self._read_large, large))
+            begins.append(slabs)
+            slabs += large.count
+        if self.pool is not None:
+            readers.append(self._read_pool)
+            begins.append(slabs)
+            slabs += self.pool_slabs
+
+        def slab(k, carry):
+            # Scalars that the compiler sees: an operation of the partitioner may not hold constant arrays.
+            which = functools.reduce(jnp.add, [(k >= begin).astype(jnp.int32) for begin in begins]) - 1
+            begin = functools.reduce(jnp.maximum, [jnp.where(k >= begin, begin, 0) for begin in begins])
+            tiles, valid = jax.lax.switch(which, readers, k - begin)
+            solution = solver(tiles, pattern, valid)
+            found = (solution.mask, *_totals(solution))
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(whole, part, k * self.size, whole.ndim - 1)
+                for whole, part in zip(carry, found, strict=True)
+            )
+
+        total = slabs * self.size
+        empty = (
+            blank((self.rows, self.cols, total), bool, self.like),
+            *[blank((total,), jnp.float32, self.like) for _ in range(3)],
+        )
+        found = jax.lax.fori_loop(0, slabs, slab, empty)
+        return self._collect(found)
+
+    def _read_large(self, large: _Large, k):
+        tiles = large.read(k, self.size, self.transform, self.dtype)
+        return tiles, None if self.valid is None else jnp.ones(tiles.shape, bool)
+
+    def _read_pool(self, k):
+        return tuple(
+            None if x is None else jax.lax.dynamic_slice_in_dim(x, k * self.size, self.size, axis=2)
+            for x in (self.pool, self.valid)
+        )
+
+    def _collect(self, found) -> list[Solved]:
+        solved = {}
+        slab = 0
+        for k, large in self.large.items():
+            part = [x[..., slab * self.size : (slab + large.count) * self.size] for x in found]
+            parts = [large.gather(x.reshape(*x.shape[:-1], large.count, self.size)) for x in part]
+            solved[k] = parts
+            slab += large.count
+        start = slab * self.size
+        for k, count in self.pooled.items():
+            solved[k] = [x[..., start : start + count].reshape(*x.shape[:-1], *self._counts(k)) for x in found]
+            start += count
+        return [
+            Solved(tiling.join(mask), jnp.sum(gap), jnp.sum(objective), jnp.sum(nan))
+            for tiling, (mask, gap, objective, nan) in ((self.tilings[k], solved[k]) for k in range(len(self.tilings)))
+        ]
