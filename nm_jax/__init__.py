@@ -1,74 +1,11 @@
 """N:M and transposable sparsity for JAX.
 
 `import nm_jax as nm`. Change one line to train sparse: `tx = nm.sparse_training(optax.adamw(3e-4), "2:4-T")`.
+
+The public API is listed, in reading order, in `__init__.pyi`; each name is loaded when it is first used.
 """
 
-from nm_jax import matmul as matmul
-from nm_jax import solvers as solvers
-from nm_jax._core.patterns import NM as NM
-from nm_jax._core.patterns import Pattern as Pattern
-from nm_jax._core.patterns import SequentialNM as SequentialNM
-from nm_jax._core.patterns import TransposableNM as TransposableNM
-from nm_jax._core.patterns import Unstructured as Unstructured
-from nm_jax._core.patterns import mask_diversity as mask_diversity
-from nm_jax._core.patterns import parse_pattern as parse_pattern
-from nm_jax._masks.apply import apply_masks as apply_masks
-from nm_jax._masks.compute import compute_masks as compute_masks
-from nm_jax._masks.verify import LeafReport as LeafReport
-from nm_jax._masks.verify import Report as Report
-from nm_jax._masks.verify import verify as verify
-from nm_jax._model.gram import Gram as Gram
-from nm_jax._model.gram import gram as gram
-from nm_jax._model.plan import Plan as Plan
-from nm_jax._model.plan import PlannedLeaf as PlannedLeaf
-from nm_jax._model.plan import plan as plan
-from nm_jax._model.tracing import LeafTrace as LeafTrace
-from nm_jax._model.tracing import Trace as Trace
-from nm_jax._model.tracing import Use as Use
-from nm_jax._model.tracing import trace as trace
-from nm_jax._reconstruct.adaprune import PrunedLayer as PrunedLayer
-from nm_jax._reconstruct.adaprune import PruneReport as PruneReport
-from nm_jax._reconstruct.adaprune import adaprune as adaprune
-from nm_jax._reconstruct.adaprune import reconstruct_layers as reconstruct_layers
-from nm_jax._reconstruct.batch_norm import tune_batch_norm as tune_batch_norm
-from nm_jax._reconstruct.convert import Conversion as Conversion
-from nm_jax._reconstruct.convert import Violations as Violations
-from nm_jax._reconstruct.convert import choose_patterns as choose_patterns
-from nm_jax._reconstruct.convert import convert as convert
-from nm_jax._reconstruct.convert import fit_masks as fit_masks
-from nm_jax._reconstruct.convert import pattern_violations as pattern_violations
-from nm_jax._reconstruct.convert import violation_probability as violation_probability
-from nm_jax._reconstruct.layer import Reconstruction as Reconstruction
-from nm_jax._reconstruct.layer import absorb_mean as absorb_mean
-from nm_jax._reconstruct.layer import output_error as output_error
-from nm_jax._reconstruct.layer import reconstruct as reconstruct
-from nm_jax._reconstruct.scores import obc as obc
-from nm_jax._reconstruct.scores import score_tree as score_tree
-from nm_jax._reconstruct.scores import wanda as wanda
-from nm_jax._training.straight_through import sr_ste as sr_ste
-from nm_jax._training.straight_through import sr_ste_term as sr_ste_term
-from nm_jax._training.straight_through import ste as ste
-from nm_jax._training.transformation import RefreshStats as RefreshStats
-from nm_jax._training.transformation import SparseTrainingState as SparseTrainingState
-from nm_jax._training.transformation import dense_params as dense_params
-from nm_jax._training.transformation import masks as masks
-from nm_jax._training.transformation import refresh_stats as refresh_stats
-from nm_jax._training.transformation import sparse_params as sparse_params
-from nm_jax._training.transformation import sparse_training as sparse_training
-from nm_jax._training.transformation import with_params as with_params
-from nm_jax.checkpoint import Checkpoint as Checkpoint
-from nm_jax.checkpoint import CheckpointReport as CheckpointReport
-from nm_jax.checkpoint import FormatError as FormatError
-from nm_jax.checkpoint import load_checkpoint as load_checkpoint
-from nm_jax.checkpoint import prune_checkpoint as prune_checkpoint
-from nm_jax.checkpoint import save_checkpoint as save_checkpoint
-from nm_jax.checkpoint import verify_checkpoint as verify_checkpoint
-from nm_jax.matmul import PackedWeight as PackedWeight
-from nm_jax.matmul import conv_general_dilated as conv_general_dilated
-from nm_jax.matmul import dot_general as dot_general
-from nm_jax.matmul import einsum as einsum
-from nm_jax.matmul import nm_matmul as nm_matmul
-from nm_jax.matmul import pack as pack
-from nm_jax.matmul import repack as repack
-from nm_jax.matmul import unpack as unpack
-from nm_jax.solvers import solve as solve
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = "0.2.0"

@@ -1,6 +1,7 @@
 """The way the modules may import each other."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -50,6 +51,19 @@ def test_imports_run_upwards(path):
                 assert room(module) == here, f"{here} imports its neighbour {module}"
 
 
+def test_modules_do_not_import_each_other_in_circles():
+    """Any module can be the first that is loaded."""
+    files = {"nm_jax." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {}
+    for name, path in files.items():
+        needed = {m for m in imports(path) if m in files}
+        # A module loads the folder that it is in, and each one above it.
+        graph[name] = needed | {m.rsplit(".", 1)[0] for m in needed if m.rsplit(".", 1)[0] in files}
+        graph[name] -= {name, *(name[:k] for k in range(len(name)) if name[k] == ".")}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
 def test_no_import_hides_in_a_function():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -69,7 +83,7 @@ def test_solvers_know_nothing_of_optax():
 
 
 def test_the_library_needs_only_its_dependencies():
-    allowed = {"jax", "jaxlib", "jaxtyping", "numpy", "optax", "scipy", "nm_jax"}
+    allowed = {"jax", "jaxlib", "jaxtyping", "lazy_loader", "numpy", "optax", "scipy", "nm_jax"}
     standard = __import__("sys").stdlib_module_names
     for path in ROOT.rglob("*.py"):
         extra = {"click", "rich"} if path.parent.name == "cli" else set()

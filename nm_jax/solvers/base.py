@@ -192,7 +192,7 @@ def order_key(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     return jnp.where(raw >= 0, raw, jnp.where(raw == low, 0, raw ^ jnp.iinfo(bits).max))
 
 
-def rank(keys: Int[Array, "size *rest"]) -> Int[Array, "size *rest"]:
+def rank(keys: Int[Array, " size *rest"]) -> Int[Array, " size *rest"]:
     """Place of every entry along the first axis in descending order; ties go to the lower index first.
 
     All pairs are compared: for groups this is faster than sorting, and it vectorises.

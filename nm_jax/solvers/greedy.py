@@ -95,12 +95,12 @@ def _best(values: Float[Array, "m m *tiles"], among: Bool[Array, "m m *tiles"]) 
     return (index == jnp.argmax(flat, axis=0)[None]).reshape(values.shape) & among
 
 
-def _first(flags: Bool[Array, "m *tiles"]) -> Bool[Array, "m *tiles"]:
+def _first(flags: Bool[Array, " m *tiles"]) -> Bool[Array, " m *tiles"]:
     """One-hot: the first True along the first axis; none where there is none."""
     index = jnp.arange(flags.shape[0]).reshape(-1, *[1] * (flags.ndim - 1))
     return (index == jnp.argmax(flags, axis=0)[None]) & flags
 
 
-def _pick(tiles, row: Bool[Array, "m *tiles"]):
+def _pick(tiles, row: Bool[Array, " m *tiles"]):
     """The row of every tile that a one-hot vector points at; zeros where it points nowhere."""
     return jnp.sum(jnp.where(row[:, None], tiles, 0), axis=0).astype(tiles.dtype)

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 import nm_jax as nm
-from nm_jax.matmul import conv_general_dilated, dot_general, einsum, layers
+from nm_jax.matmul import _layers as layers
+from nm_jax.matmul import conv_general_dilated, dot_general, einsum
 from tests.matmul.cases import leaf_mask, transposable
 from tests.matmul.implementations import AMPERE
 from tests.matmul.test_api import calls

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from nm_jax._model.gram.moments import Windows
+from nm_jax._model.moments import Windows
 from nm_jax._model.tracing.views import Dim, View
 
 

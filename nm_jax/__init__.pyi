@@ -1,0 +1,86 @@
+# The public API in reading order. To add a name, add its line here; `nm_jax/__init__.py` loads it when it is used.
+
+__version__: str
+
+# Patterns: what a mask may look like.
+from ._core.patterns import NM as NM
+from ._core.patterns import Pattern as Pattern
+from ._core.patterns import SequentialNM as SequentialNM
+from ._core.patterns import TransposableNM as TransposableNM
+from ._core.patterns import Unstructured as Unstructured
+from ._core.patterns import mask_diversity as mask_diversity
+from ._core.patterns import parse_pattern as parse_pattern
+
+# Masks: of one weight, of a tree, and whether a network has what it should have.
+from . import solvers as solvers
+from .solvers import solve as solve
+from ._masks.compute import compute_masks as compute_masks
+from ._masks.apply import apply_masks as apply_masks
+from ._masks.verify import LeafReport as LeafReport
+from ._masks.verify import Report as Report
+from ._masks.verify import verify as verify
+
+# Training: one optax transformation, and what to read from its state.
+from ._training.transformation import sparse_training as sparse_training
+from ._training.transformation import RefreshStats as RefreshStats
+from ._training.transformation import SparseTrainingState as SparseTrainingState
+from ._training.transformation import dense_params as dense_params
+from ._training.transformation import masks as masks
+from ._training.transformation import refresh_stats as refresh_stats
+from ._training.transformation import sparse_params as sparse_params
+from ._training.transformation import with_params as with_params
+from ._training.straight_through import sr_ste as sr_ste
+from ._training.straight_through import sr_ste_term as sr_ste_term
+from ._training.straight_through import ste as ste
+
+# The model: how it uses its parameters, and what becomes of them.
+from ._model.plan import Plan as Plan
+from ._model.plan import PlannedLeaf as PlannedLeaf
+from ._model.plan import plan as plan
+from ._model.tracing import LeafTrace as LeafTrace
+from ._model.tracing import Trace as Trace
+from ._model.tracing import Use as Use
+from ._model.tracing import trace as trace
+from ._model.gram import Gram as Gram
+from ._model.gram import gram as gram
+
+# A pretrained network, without training.
+from ._reconstruct.convert import Conversion as Conversion
+from ._reconstruct.convert import Violations as Violations
+from ._reconstruct.convert import choose_patterns as choose_patterns
+from ._reconstruct.convert import convert as convert
+from ._reconstruct.convert import fit_masks as fit_masks
+from ._reconstruct.convert import pattern_violations as pattern_violations
+from ._reconstruct.convert import violation_probability as violation_probability
+from ._reconstruct.adaprune import PrunedLayer as PrunedLayer
+from ._reconstruct.adaprune import PruneReport as PruneReport
+from ._reconstruct.adaprune import adaprune as adaprune
+from ._reconstruct.adaprune import reconstruct_layers as reconstruct_layers
+from ._reconstruct.layer import Reconstruction as Reconstruction
+from ._reconstruct.layer import absorb_mean as absorb_mean
+from ._reconstruct.layer import output_error as output_error
+from ._reconstruct.layer import reconstruct as reconstruct
+from ._reconstruct.scores import obc as obc
+from ._reconstruct.scores import score_tree as score_tree
+from ._reconstruct.scores import wanda as wanda
+from ._reconstruct.batch_norm import tune_batch_norm as tune_batch_norm
+
+# Products with 2:4 weights on sparse tensor cores.
+from . import matmul as matmul
+from .matmul import PackedWeight as PackedWeight
+from .matmul import conv_general_dilated as conv_general_dilated
+from .matmul import dot_general as dot_general
+from .matmul import einsum as einsum
+from .matmul import nm_matmul as nm_matmul
+from .matmul import pack as pack
+from .matmul import repack as repack
+from .matmul import unpack as unpack
+
+# Checkpoints: safetensors files in and out.
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import CheckpointReport as CheckpointReport
+from .checkpoint import FormatError as FormatError
+from .checkpoint import load_checkpoint as load_checkpoint
+from .checkpoint import prune_checkpoint as prune_checkpoint
+from .checkpoint import save_checkpoint as save_checkpoint
+from .checkpoint import verify_checkpoint as verify_checkpoint

@@ -1,0 +1,112 @@
+"""The public names, and what loading them costs."""
+
+import importlib.util
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import nm_jax as nm
+
+# Removing a name breaks somebody's program: the changelog must say so.
+NAMES = [
+    "Checkpoint",
+    "CheckpointReport",
+    "Conversion",
+    "FormatError",
+    "Gram",
+    "LeafReport",
+    "LeafTrace",
+    "NM",
+    "PackedWeight",
+    "Pattern",
+    "Plan",
+    "PlannedLeaf",
+    "PruneReport",
+    "PrunedLayer",
+    "Reconstruction",
+    "RefreshStats",
+    "Report",
+    "SequentialNM",
+    "SparseTrainingState",
+    "Trace",
+    "TransposableNM",
+    "Unstructured",
+    "Use",
+    "Violations",
+    "absorb_mean",
+    "adaprune",
+    "apply_masks",
+    "choose_patterns",
+    "compute_masks",
+    "conv_general_dilated",
+    "convert",
+    "dense_params",
+    "dot_general",
+    "einsum",
+    "fit_masks",
+    "gram",
+    "load_checkpoint",
+    "mask_diversity",
+    "masks",
+    "matmul",
+    "nm_matmul",
+    "obc",
+    "output_error",
+    "pack",
+    "parse_pattern",
+    "pattern_violations",
+    "plan",
+    "prune_checkpoint",
+    "reconstruct",
+    "reconstruct_layers",
+    "refresh_stats",
+    "repack",
+    "save_checkpoint",
+    "score_tree",
+    "solve",
+    "solvers",
+    "sparse_params",
+    "sparse_training",
+    "sr_ste",
+    "sr_ste_term",
+    "ste",
+    "trace",
+    "tune_batch_norm",
+    "unpack",
+    "verify",
+    "verify_checkpoint",
+    "violation_probability",
+    "wanda",
+    "with_params",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there(name):
+    assert getattr(nm, name) is not None
+    assert name in dir(nm)
+
+
+def test_no_name_shadows_a_module():
+    for name in dir(nm):
+        found = importlib.util.find_spec(f"nm_jax.{name}")
+        assert (found is not None) == (name in ("matmul", "solvers")), name
+
+
+def test_modules_that_are_not_public_have_private_names():
+    folders = {module.name for module in pkgutil.iter_modules(nm.__path__) if not module.name.startswith("_")}
+    assert folders == {"checkpoint", "cli", "matmul", "solvers"}
+
+
+def modules_after(program):
+    """The modules that a program has loaded in a process of its own."""
+    listed = program + "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    assert not {"jax", "numpy", "optax", "scipy"} & modules_after("import nm_jax")
