@@ -24,7 +24,9 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
 from torch import nn
 
-from experiments.models import Tokenizer, data
+from experiments.data import packed
+from experiments.harness import RESULTS, results_stem
+from experiments.networks import Tokenizer
 from nm_jax.cli import main as nm_jax_command
 
 PATTERNS = ("2:4-T", "4:8-T")
@@ -128,8 +130,8 @@ def unchanged(path: Path, dense: Path) -> bool:
 
 def read_pairs():
     """The sentence pairs as tokens, and their scores."""
-    tokenizer = Tokenizer.read(data.folder() / "weights" / "minilm_vocab.txt")
-    *sentences, scores = data.sentence_pairs("stsb-en-dev")
+    tokenizer = Tokenizer.read(packed.folder() / "weights" / "minilm_vocab.txt")
+    *sentences, scores = packed.sentence_pairs("stsb-en-dev")
     return [tokenizer(texts, LENGTH) for texts in sentences], scores
 
 
@@ -144,14 +146,14 @@ def run(*arguments: str | Path) -> None:
 def main() -> None:
     """Runs the experiment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     console = Console()
     pairs = read_pairs()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.safetensors"
-        weights = {name: np.ascontiguousarray(w) for name, w in data.weights("all_minilm_l6_v2_fp16").items()}
+        weights = {name: np.ascontiguousarray(w) for name, w in packed.weights("all_minilm_l6_v2_fp16").items()}
         save_file(weights, dense, metadata={"format": "pt"})
         rows.append({"pattern": "dense", "spearman": spearman(dense, pairs)})
         for pattern in PATTERNS:
@@ -183,8 +185,7 @@ def main() -> None:
     console.print(table)
     if not all(row.get("ok", True) for row in rows):
         raise SystemExit("a checkpoint does not have its pattern")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "minilm_checkpoint.json"
+    path = results_stem(args.out, "minilm_checkpoint").with_suffix(".json")
     path.write_text(json.dumps({"torch": torch.__version__, "runs": rows}, indent=2) + "\n")
     console.print(f"wrote {path}")
 

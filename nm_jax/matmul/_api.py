@@ -32,7 +32,7 @@ def nm_matmul(
 
     What `implementation=None` means is decided for each product when it is traced: of the sparse kernels that support
     device, dtype, shape and version of jax, the one that was *measured* to beat the dense product at a shape within a
-    factor of two, the packing of the weight included (`experiments/bench_matmul.py` measures, `save_profile` saves).
+    factor of two, the packing of the weight included (`experiments/bench/matmul.py` measures, `save_profile` saves).
     Everywhere else, on CPU above all, it is the plain dense product, which gives the same result and packs nothing.
 
     Args:

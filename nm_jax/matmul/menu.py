@@ -208,7 +208,7 @@ def _warn_unmeasured(device: jax.Device) -> None:
     """Say once why nothing runs sparse on this GPU."""
     reasons = {i.name: i.supports(np.dtype(jnp.bfloat16), 4096, 4096, 4096, device) for i in IMPLEMENTATIONS[:-1]}
     if None in reasons.values():
-        why = f"no kernel was measured on it (no entry in {profile_path()}); run experiments/bench_matmul.py"
+        why = f"no kernel was measured on it (no entry in {profile_path()}); run experiments/bench/matmul.py"
     else:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     _warn_once(f"products with 2:4 weights run dense on {device.device_kind}: {why}")

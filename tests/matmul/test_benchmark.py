@@ -1,4 +1,4 @@
-"""What `experiments/bench_matmul.py` does on a GPU, with `reference` in the place of a kernel and small sizes."""
+"""What `experiments/bench/matmul.py` does on a GPU, with `reference` in the place of a kernel and small sizes."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import nm_jax as nm
 
 pytest.importorskip("matplotlib", reason="the benchmark draws; install the extra 'experiments'")
-from experiments import bench_matmul as bench
+from experiments.bench import matmul as bench
 
 
 def test_products_are_timed_drawn_and_become_the_profile(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import nm_jax as nm
-from experiments.models import MiniLM, ResNet, SqueezeNet
+from experiments.networks import MiniLM, ResNet, SqueezeNet
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Met
 Fig. 5b from unstructured to N:M layer by layer. The figures here are of smaller networks: compare them with the rows
 "dense" and "dense + BNT" above them, which are of the same test data.
 
-    NM_JAX_DATA=<folder> python -m experiments.adaprune [--networks minilm,...] [--quick] [--report]
+    NM_JAX_DATA=<folder> python -m experiments.adaprune.from_dense [--networks minilm,...] [--quick] [--report]
 
 Masks are by magnitude and optimal; the first and the last layer stay dense (in MiniLM only the embedding does).
 Calibrated on training data, judged on test data; mean and standard deviation over three calibration samples. Each part
@@ -34,13 +34,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import core_count, device_name
-from experiments.models import NETWORKS, Network, data, row_mask
+from experiments.data import packed
+from experiments.harness import RESULTS, core_count, device_name, results_stem
+from experiments.networks import NETWORKS, Network, row_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 PATTERNS = ("2:4", "4:8", "2:4-T", "4:8-T", "1:2")
 SEEDS = (0, 1, 2)
 # Examples to calibrate on, and to test on where there are so many.
@@ -241,7 +241,7 @@ def trained_on(network: Network, rules: Any, steps: int, advance: Callable[[], N
     """The pretrained network trained on for some steps, sparse where the rules say so; `None`: dense."""
     variables = network.variables()
     params, stats = variables["params"], variables["batch_stats"]
-    labels = data.labels(network.train)
+    labels = packed.labels(network.train)
     tx = optax.sgd(optax.cosine_decay_schedule(RATE, steps), momentum=0.9)
     if rules is not None:
         tx = nm.sparse_training(tx, rules)
@@ -261,7 +261,7 @@ def trained_on(network: Network, rules: Any, steps: int, advance: Callable[[], N
     draw = np.random.default_rng(0)
     for _ in range(steps):
         chosen = draw.choice(len(labels), TRAIN_BATCH, replace=False)
-        images = network.inputs(data.images(network.train, chosen))
+        images = network.inputs(packed.images(network.train, chosen))
         params, stats, state = step(params, stats, state, jnp.asarray(images), jnp.asarray(labels[chosen]))
         advance()
     return {"params": params, "batch_stats": stats}
@@ -395,18 +395,23 @@ def draw_violations(record: dict, path: Path) -> None:
 def report(console: Console, out: Path, parts: Iterable[str]) -> bool:
     """What has been run to its end; false if a reconstruction is not what it should be."""
     good = True
-    draw_probability(out / "adaprune_fig5a.png")
+    draw_probability(results_stem(out, "paper/figure_5").with_suffix(".png"))
     for part in parts:
-        path = out / f"adaprune_{part}.json"
+        path = results_stem(out, result_name(part)).with_suffix(".json")
         if path.exists():
             record = json.loads(path.read_text())
             print_rows(console, record)
             if "solver" in record:
                 good &= print_solver(console, record)
             if part == "sparse":
-                draw_violations(record, out / "adaprune_fig5b.png")
+                draw_violations(record, path.with_suffix(".png"))
             console.print()
     return good
+
+
+def result_name(part: str) -> str:
+    """The folder of the results of a part."""
+    return "adaprune/from_sparse" if part == "sparse" else f"adaprune/from_dense/{part}"
 
 
 def main() -> None:
@@ -438,7 +443,7 @@ def main() -> None:
                 else from_dense(NETWORKS[part], args.quick, tests, advance)
             )
         record["minutes"] = round((time.perf_counter() - start) / 60, 1)
-        (out / f"adaprune_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_stem(out, result_name(part)).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     if not report(console, out, args.networks.split(",")):
         raise SystemExit(f"a layer grew, or is more than {100 * EXCESS:.0f} % above the exact minimiser")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def device_name() -> str:
     """The default device: `cpu x86_64`, `gpu NVIDIA H100`."""
@@ -19,7 +21,8 @@ def core_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def results_stem(folder: Path, benchmark: str) -> Path:
-    """Path of the results of a benchmark on this device, without a suffix; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name().lower())}"
+def results_stem(folder: Path, experiment: str) -> Path:
+    """Path of the results of an experiment on this device, without a suffix; makes the folder."""
+    stem = folder / experiment / re.sub(r"[^a-z0-9]+", "-", device_name().lower())
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    return stem

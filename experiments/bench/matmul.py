@@ -3,12 +3,12 @@
 Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
 (NeurIPS 2021): with a transposable mask the forward product and the input gradient both run on 2:4 sparse tensor cores.
 
-    python -m experiments.bench_matmul [--check] [--quick]
+    python -m experiments.bench.matmul [--check] [--quick]
 
 First every kernel that runs on the device is held against float64 on fresh random data: all pairs of 2:4 patterns,
 sizes that fit no tile, memory full of NaN, gradients through `nm.dot_general`. With `--check` that is all. Then
 products of bfloat16 are timed, forward and input gradient, packing apart and included, against `jnp.dot` and, where
-torch has it, cuSPARSELt; and a training step of a transformer's MLP. Writes `results/bench_matmul_<device>.json`, a
+torch has it, cuSPARSELt; and a training step of a transformer's MLP. Writes `results/bench/matmul/<device>.json`, a
 figure, and the profile that `implementation=None` consults (`nm.matmul.profile_path()`): a kernel becomes the default
 only where it was measured to be faster, packing included.
 
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import device_name, results_stem
+from experiments.harness import RESULTS, device_name, results_stem
 
 # tokens, rows (outputs), k (inputs)
 SHAPES = [
@@ -324,7 +324,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="correctness alone")
     parser.add_argument("--quick", action="store_true", help="the smallest shape, few repetitions: noisier")
     parser.add_argument("--seed", type=int, help="of the random data; a fresh one unless given")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--profile", type=Path, help="where to save the profile, instead of the default place")
     args = parser.parse_args()
     console = Console()
@@ -351,7 +351,7 @@ def main() -> int:
         "seed": seed,
         "checks": checks,
     }
-    stem = results_stem(args.out, "bench_matmul")
+    stem = results_stem(args.out, "bench/matmul")
     if right:
         shapes = SHAPES[:1] if args.quick else SHAPES
         sides = ("forward", "backward")

@@ -1,7 +1,7 @@
 """How fast `nm-jax prune` is, and how much memory it takes: a 2 GB checkpoint of 64 MB tensors to 4:8-T.
 
-    python -m experiments.bench_checkpoint            # about 2 minutes on 2 cores, 4 GB of disk
-    python -m experiments.bench_checkpoint --quick    # 256 MB
+    python -m experiments.bench.checkpoint            # about 2 minutes on 2 cores, 4 GB of disk
+    python -m experiments.bench.checkpoint --quick    # 256 MB
 
 The command runs in a process of its own, whose peak memory the system reports. Writes
 `experiments/results/bench_checkpoint_*.json`.
@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.device import core_count, device_name, results_stem
+from experiments.harness import RESULTS, core_count, device_name, results_stem
 
 PATTERN = "4:8-T"
 TENSOR_BYTES = 64 << 20
@@ -121,7 +121,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="256 MB, and no file of results")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def main() -> None:
         "pattern": PATTERN,
         "runs": rows,
     }
-    path = results_stem(args.out, "bench_checkpoint").with_suffix(".json")
+    path = results_stem(args.out, "bench/checkpoint").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

@@ -5,11 +5,11 @@ Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Met
 is the Gram matrix of its inputs. A convolution's inputs are its patches, nine times the activations for a 3 x 3
 kernel.
 
-    python -m experiments.bench_gram [--quick]
+    python -m experiments.bench.gram [--quick]
 
 The target is 5 times a plain forward pass for a ResNet; a wide stem comes close to it, because its 3 x 3 layer from 64
 to 16 features needs about seven times its own FLOPs. Networks have random weights and inputs: no data is needed.
-Writes `results/bench_gram_<device>.json` beside this file. About 1 minute on 2 cores, half of it with `--quick`.
+Writes `results/bench/gram/<device>.json` beside this file. About 1 minute on 2 cores, half of it with `--quick`.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import core_count, device_name, results_stem
-from experiments.models import MiniLM, ResNet
+from experiments.harness import RESULTS, core_count, device_name, results_stem
+from experiments.networks import MiniLM, ResNet
 
 TARGET = 5.0
 BATCH = 128  # images
@@ -140,7 +140,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round: noisier")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     console = Console()
     networks = {}
@@ -157,7 +157,7 @@ def main() -> None:
         "batch": BATCH,
         "networks": networks,
     }
-    path = results_stem(args.out, "bench_gram").with_suffix(".json")
+    path = results_stem(args.out, "bench/gram").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

@@ -3,7 +3,7 @@
 Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
 (NeurIPS 2021): their Tables 2 and A.3 are the last table here, the overhead of a refresh every 40 steps.
 
-    python -m experiments.bench_solvers [--quick]
+    python -m experiments.bench.solvers [--quick]
 
 Everything is timed in one process, as the median of several runs after a first one; ratios between rows mean more
 than the rows. Expected on 2 cores: `Exact` at 30 times OR-tools' blocks per second or more, no loss, every gap 0; 8192
@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import nm_jax as nm
-from experiments import baselines
-from experiments.device import device_name, results_stem
+from experiments.bench import baselines
+from experiments.harness import RESULTS, device_name, results_stem
 from nm_jax import TransposableNM, parse_pattern
 from nm_jax.solvers import Exact, Greedy, IntegerProgram, MinCostFlow
 
@@ -47,7 +47,6 @@ PAPER_OVERHEAD = {  # Tables 2 and A.3: time that a refresh every 40 steps adds,
     "2-approximation": (14, 13),
 }
 REFRESH_EVERY = 40
-RESULTS = Path(__file__).parent / "results"
 console = Console(width=120)
 
 
@@ -456,7 +455,7 @@ def main():
     show("Overhead of a refresh every 40 steps, six 1024 x 1024 layers, 4:8-T (paper: ResNet-50)", result["overhead"])
     result["models"] = whole_models(quick)
     show("Whole models (BERT-large and the LLM: each shape timed, times its count)", result["models"])
-    stem = results_stem(RESULTS, "bench_solvers" + ("_quick" if quick else ""))
+    stem = results_stem(RESULTS, "bench/solvers" + ("_quick" if quick else ""))
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     figure(result, stem.with_suffix(".png"))
     console.print(f"wrote {stem.name}.json and .png")

@@ -5,11 +5,11 @@ Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Met
 the 2-approximation, 65 to 180 % with exact solvers. Here both optimisers train the same network in one process, a few
 steps each in turn, so that whatever else the machine does hits both alike.
 
-    python -m experiments.bench_training [--quick]
+    python -m experiments.bench.training [--quick]
 
 The target is 1.10 times the plain step without a refresh. What a sparse step adds is elementwise work bound by memory,
 so its share falls with the batch. The state takes 5 bytes a weight more than the inner optimiser's (a float32 dense
-copy and a mask of one byte). Writes `results/bench_training_<device>.json`
+copy and a mask of one byte). Writes `results/bench/training/<device>.json`
 beside this file. About 6 minutes on 2 cores, 3 with `--quick`.
 """
 
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nm_jax as nm
-from experiments.device import core_count, device_name, results_stem
+from experiments.harness import RESULTS, core_count, device_name, results_stem
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T")
 REFRESH_EVERY = 40
@@ -233,7 +233,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: noisier")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args()
     console = Console()
     periods = {name: quick if args.quick else full for name, (_, _, full, quick) in MODELS.items()}
@@ -261,7 +261,7 @@ def main() -> None:
         "models": models,
         "solvers": solvers,
     }
-    path = results_stem(args.out, "bench_training").with_suffix(".json")
+    path = results_stem(args.out, "bench/training").with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"wrote {path}")
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import NETWORKS, MiniLM, ResNet, SqueezeNet, Tokenizer
-from experiments.models import resnet as resnets
+from experiments.networks import NETWORKS, MiniLM, ResNet, SqueezeNet, Tokenizer
+from experiments.networks import resnet as resnets
 
 SMALL = {
     "resnet, projections": (ResNet(blocks=(1, 2), widths=(4, 8), stem=8, classes=5), (2, 16, 16, 3)),

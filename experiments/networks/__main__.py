@@ -1,9 +1,9 @@
-"""The figures of merit of all pretrained networks, dense: `python -m experiments.models`, about two minutes."""
+"""The figures of merit of all pretrained networks, dense: `python -m experiments.networks`, about two minutes."""
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.models import NETWORKS
+from experiments.networks import NETWORKS
 
 
 def main() -> None:

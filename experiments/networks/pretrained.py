@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.models import data, minilm, resnet, squeezenet
+from experiments.data import packed
+from experiments.networks import minilm, resnet, squeezenet
 
 BATCH = 250
 
@@ -76,9 +77,9 @@ class Classifier(Network):
     held_out: int | None = None
 
     def calibration(self, count, seed):
-        total = len(data.labels(self.train)) - (self.held_out or 0)
+        total = len(packed.labels(self.train)) - (self.held_out or 0)
         chosen = np.random.default_rng(seed).choice(total, count, replace=False)
-        images = self.inputs(data.images(self.train, _order(self.train)[chosen]))
+        images = self.inputs(packed.images(self.train, _order(self.train)[chosen]))
         return [(jnp.asarray(images[start : start + BATCH]),) for start in range(0, count, BATCH)]
 
     def evaluate(self, variables, limit=None):
@@ -93,14 +94,14 @@ class Classifier(Network):
 
     @functools.cached_property
     def _test_data(self):
-        labels = data.labels(self.test)
+        labels = packed.labels(self.test)
         chosen = _order(self.test)[-(self.held_out or len(labels)) :]  # files are sorted by class
-        return self.inputs(data.images(self.test, chosen)), labels[chosen]
+        return self.inputs(packed.images(self.test, chosen)), labels[chosen]
 
 
 def _order(file: str) -> np.ndarray:
     """A fixed order of the images of a file: the last ones are those held out."""
-    return np.random.default_rng(0).permutation(len(data.labels(file)))
+    return np.random.default_rng(0).permutation(len(packed.labels(file)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class SentenceEncoder(Network):
     length: int = 64
 
     def calibration(self, count, seed):
-        first, second, _ = data.sentence_pairs("stsb-en-train")
+        first, second, _ = packed.sentence_pairs("stsb-en-train")
         chosen = np.random.default_rng(seed).choice(2 * len(first), count, replace=False)
         sentences = [(first + second)[k] for k in chosen]
         batches = (sentences[start : start + BATCH] for start in range(0, count, BATCH))
@@ -132,11 +133,11 @@ class SentenceEncoder(Network):
 
     @functools.cached_property
     def _tokenizer(self):
-        return minilm.Tokenizer.read(data.folder() / "weights" / "minilm_vocab.txt")
+        return minilm.Tokenizer.read(packed.folder() / "weights" / "minilm_vocab.txt")
 
     @functools.cached_property
     def _test_data(self):
-        first, second, scores = data.sentence_pairs("stsb-en-dev")
+        first, second, scores = packed.sentence_pairs("stsb-en-dev")
         pairs = [sentence for pair in zip(first, second, strict=True) for sentence in pair]
         return *self._tokenizer(pairs, self.length), scores
 
@@ -154,7 +155,7 @@ def _normalise(mean, std):
 
 
 def _caffe_inputs(images):
-    crops = np.stack([data.centre_crop(image, 227) for image in images])
+    crops = np.stack([packed.centre_crop(image, 227) for image in images])
     return crops[..., ::-1].astype(np.float32) - np.array((104, 117, 123), np.float32)
 
 
@@ -174,7 +175,7 @@ NETWORKS: dict[str, Network] = {
             title="ResNet-20, CIFAR-100",
             expected=50.1,
             module=resnet.ResNet(),
-            variables=lambda: resnet.from_torch(data.weights("cifar100_resnet20_distiller"), side=2),
+            variables=lambda: resnet.from_torch(packed.weights("cifar100_resnet20_distiller"), side=2),
             **_CIFAR100,
         ),
         Classifier(
@@ -182,7 +183,7 @@ NETWORKS: dict[str, Network] = {
             title="ResNet-14, CIFAR-100",
             expected=49.9,
             module=resnet.ResNet(blocks=(2, 2, 2)),
-            variables=lambda: resnet.from_torch(data.weights("cifar100_resnet14_distiller"), side=2),
+            variables=lambda: resnet.from_torch(packed.weights("cifar100_resnet14_distiller"), side=2),
             **_CIFAR100,
         ),
         Classifier(
@@ -191,7 +192,7 @@ NETWORKS: dict[str, Network] = {
             metric="accuracy",
             expected=81.0,
             module=resnet.ResNet(stem=16, classes=10, projection=False, relu_every_block=True, pool=None),
-            variables=lambda: resnet.from_torch(data.weights("cifar10_resnet20_akamaster"), side=1),
+            variables=lambda: resnet.from_torch(packed.weights("cifar10_resnet20_akamaster"), side=1),
             train="cifar10_jpeg_train",
             test="cifar10_jpeg_test",
             inputs=_normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -202,7 +203,7 @@ NETWORKS: dict[str, Network] = {
             metric="accuracy",
             expected=62.6,  # of all 1000 images; here only half of them are for testing
             module=squeezenet.SqueezeNet(),
-            variables=lambda: squeezenet.from_torch(data.weights("squeezenet1_1_imagenet_fp16")),
+            variables=lambda: squeezenet.from_torch(packed.weights("squeezenet1_1_imagenet_fp16")),
             train="imagenet_sample1000",
             test="imagenet_sample1000",
             inputs=_caffe_inputs,
@@ -214,7 +215,7 @@ NETWORKS: dict[str, Network] = {
             metric="Spearman",
             expected=86.72,
             module=minilm.MiniLM(),
-            variables=lambda: minilm.from_torch(data.weights("all_minilm_l6_v2_fp16")),
+            variables=lambda: minilm.from_torch(packed.weights("all_minilm_l6_v2_fp16")),
         ),
     )
 }

@@ -1,0 +1,1 @@
+"""Pretrained networks made sparse without training."""

@@ -1,0 +1,1 @@
+"""Benchmarks: what things cost, against what they are compared with."""

@@ -1,0 +1,1 @@
+"""Loaders of images and texts; no network and no pruning in them."""
