@@ -6,6 +6,15 @@ from collections.abc import Sequence
 def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
     """Aligned lines under a header, without the columns that are empty everywhere."""
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if any(row.get(c) for row in rows)]
-    widths = {c: max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
-    cells = [{c: c for c in columns}, *rows]
-    return ["  ".join(row.get(c, "").ljust(widths[c]) for c in columns).rstrip() for row in cells]
+    table = [{c: c for c in columns}, *({c: printable(row.get(c, "")) for c in columns} for row in rows)]
+    widths = {c: max(len(row[c]) for row in table) for c in columns}
+    return ["  ".join(row[c].ljust(widths[c]) for c in columns).rstrip() for row in table]
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names come from files, and terminals obey what they print."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 import nm_jax as nm
 from nm_jax._core.rules import SparseLeaf
-from nm_jax.checkpoint import packed, tiles
-from nm_jax.checkpoint.tensorfile import TensorFile
+from nm_jax.checkpoint import _packed as packed
+from nm_jax.checkpoint import _tiles as tiles
+from nm_jax.checkpoint._tensorfile import TensorFile
 from tests.helpers import best_by_enumeration, worst_group
 from tests.helpers import tiles as blocks_of
 

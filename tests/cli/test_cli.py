@@ -217,7 +217,7 @@ def test_failures_in_the_middle(run, model, tmp_path, monkeypatch, failure):
     def fail(self, *args):
         raise failure
 
-    monkeypatch.setattr("nm_jax.checkpoint.tensorfile.TensorWriter.finish", fail)
+    monkeypatch.setattr("nm_jax.checkpoint._tensorfile.TensorWriter.finish", fail)
     code, _, err = run("prune", model, tmp_path / "out", "--pattern", "2:4")
     assert code == (130 if failure is KeyboardInterrupt else 3)
     assert err.strip().count("\n") == 0
@@ -263,7 +263,7 @@ def test_a_full_disk(tmp_path):
 SLOWLY = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-from nm_jax.checkpoint.tensorfile import TensorWriter
+from nm_jax.checkpoint._tensorfile import TensorWriter
 from nm_jax.cli import main
 
 write = TensorWriter.write
@@ -393,7 +393,7 @@ def hangs(number, frame):
 
 def try_mutations(run, tmp_path, monkeypatch, packed, count):
     """Each mutated file either is refused, with one line and nothing left, or is valid."""
-    monkeypatch.setattr("nm_jax.checkpoint.tiles._CHUNK", 1 << 10)
+    monkeypatch.setattr("nm_jax.checkpoint._tiles._CHUNK", 1 << 10)
     model = write_model(tmp_path / "model", size=8)
     if packed:
         assert run("prune", model, tmp_path / "packed", "--pattern", "2:4-T", "--solver", "greedy", "--packed")[0] == 0

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nm_jax._core.rules import DenseLeaf, Leaf, Rules, resolve
-from nm_jax.checkpoint import records
-from nm_jax.checkpoint.packed import decode, put
-from nm_jax.checkpoint.records import Record
-from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, parse_json
+from nm_jax.checkpoint import _records as records
+from nm_jax.checkpoint._packed import decode, put
+from nm_jax.checkpoint._records import Record
+from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, parse_json
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the bytes of a tensor that is done

@@ -13,8 +13,8 @@ import numpy as np
 
 from nm_jax._core.axes import Tiling
 from nm_jax.checkpoint import CheckpointReport, TensorReport
-from nm_jax.checkpoint.store import written_beside
-from nm_jax.checkpoint.verify import Seen
+from nm_jax.checkpoint._store import written_beside
+from nm_jax.checkpoint._verify import Seen
 
 _SHOWN = 3  # tensors that are shown when none are chosen
 _CORNER = 32  # entries of a mask along each axis

@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
 from nm_jax._masks.trees import leaves_by_path
-from nm_jax.checkpoint import records
-from nm_jax.checkpoint.packed import encode, take
-from nm_jax.checkpoint.records import Record
-from nm_jax.checkpoint.store import Checkpoint, written_beside
-from nm_jax.checkpoint.tensorfile import TensorWriter, dtype_name, header_size
-from nm_jax.checkpoint.tiles import broken_tiles, nonzero
+from nm_jax.checkpoint import _records as records
+from nm_jax.checkpoint._packed import encode, take
+from nm_jax.checkpoint._records import Record
+from nm_jax.checkpoint._store import Checkpoint, written_beside
+from nm_jax.checkpoint._tensorfile import TensorWriter, dtype_name, header_size
+from nm_jax.checkpoint._tiles import broken_tiles, nonzero
 
 
 def save_checkpoint(

@@ -15,7 +15,7 @@ import numpy as np
 from nm_jax._core.axes import check_axes
 from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
 from nm_jax._core.rules import Rule, Rules, SparseLeaf, parse_rules
-from nm_jax.checkpoint.tensorfile import FormatError, parse_json
+from nm_jax.checkpoint._tensorfile import FormatError, parse_json
 
 KEY = "nm_jax"
 Layout: TypeAlias = Literal["dense", "dense+mask", "values+mask", "values+positions"]
@@ -40,7 +40,7 @@ class Record:
       dtype: dtype of its values, as the format names it.
       shape: its shape when dense.
       layout: how it is stored: `"dense"` with zeros, `"dense+mask"` with a bit-packed mask beside it, or only its
-        values with a mask or positions (`nm_jax.checkpoint.packed`).
+        values with a mask or positions (`nm_jax.checkpoint._packed`).
       kept: entries that are kept.
       retained: kept share of the l1 norm; `None` where it is not known (of a norm that is not finite, for instance).
       of_unstructured: the same, relative to the unstructured mask that keeps as many entries (the paper's Fig. 3b).

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from nm_jax._core.rules import DenseLeaf, Leaf
 from nm_jax._masks.verify import LeafReport, Report
-from nm_jax.checkpoint.records import Record
-from nm_jax.checkpoint.store import Checkpoint
+from nm_jax.checkpoint._records import Record
+from nm_jax.checkpoint._store import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

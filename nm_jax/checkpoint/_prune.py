@@ -14,14 +14,14 @@ import numpy as np
 
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import Leaf, Rules, SparseLeaf
-from nm_jax.checkpoint import records
-from nm_jax.checkpoint.packed import encode, take
-from nm_jax.checkpoint.records import Record
-from nm_jax.checkpoint.reports import CheckpointReport, TensorReport, dense_tensors
-from nm_jax.checkpoint.store import Checkpoint, Progress, Tensor, no_progress, written_beside
-from nm_jax.checkpoint.tensorfile import FormatError, TensorFile, TensorWriter, header_size
-from nm_jax.checkpoint.tiles import as_bits, find_mask, largest_sum
-from nm_jax.checkpoint.verify import share
+from nm_jax.checkpoint import _records as records
+from nm_jax.checkpoint._packed import encode, take
+from nm_jax.checkpoint._records import Record
+from nm_jax.checkpoint._reports import CheckpointReport, TensorReport, dense_tensors
+from nm_jax.checkpoint._store import Checkpoint, Progress, Tensor, no_progress, written_beside
+from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, TensorWriter, header_size
+from nm_jax.checkpoint._tiles import as_bits, find_mask, largest_sum
+from nm_jax.checkpoint._verify import share
 from nm_jax.solvers import Solver, default_solver
 
 _AHEAD = 2  # tensors whose masks are found at once
@@ -62,7 +62,7 @@ def prune_checkpoint(
         tensors with '/' for '.'; without axes they are PyTorch's for `weight` and Flax's for `kernel`.
       solver: for the patterns that it supports; `None` takes the default for each.
       partial: tensors whose sizes m does not divide: `"skip"`, `"pad"` or `"error"`, as in `compute_masks`.
-      packed: store values and positions (`nm_jax.checkpoint.packed`), which `load_checkpoint` reads, instead of
+      packed: store values and positions (`nm_jax.checkpoint._packed`), which `load_checkpoint` reads, instead of
         zeros, which every reader does.
       keep_masks: store a bit-packed mask beside each dense tensor, as `NAME.nm_mask`.
       progress: called with the name and the bytes of each tensor that is done.

@@ -1,0 +1,39 @@
+"""`nm-jax report`."""
+
+import errno
+import os
+
+import click
+
+from nm_jax.cli import _exits as exits
+from nm_jax.cli import _options as options
+from nm_jax.cli._examine import examine
+from nm_jax.cli._late import Late
+from nm_jax.cli._output import echo, print_json
+
+_page = Late("nm_jax.cli._page")
+
+
+@click.command("report")
+@click.argument("file", metavar="FILE", type=options.PATH)
+@click.option("-o", "--output", required=True, type=options.PATH, help="The page to write; it must not exist.")
+@options.with_rules
+@options.dense
+@click.option("--picture", "pictures", multiple=True, metavar="REGEX", help="Tensors to show; by default the first 3.")
+@options.as_json
+def command(file, output, pattern, rules, partial, dense, pictures, as_json) -> int:
+    """Write one HTML page that shows what the tensors of checkpoint FILE are.
+
+    The page is one file that needs no network: a table of the tensors, the magnitude that they retained, group
+    violations, histograms, and pictures of masks. The exit code is that of `verify`.
+    """
+    page = _page.Page(pictures)
+    if os.path.lexists(output):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), output)
+    found = examine(file, options.library_rules(pattern, rules), partial, dense, page.see)
+    _page.write_page(output, page.render(found))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        echo(f"wrote {output}")
+    return exits.DONE if found.ok else exits.VIOLATED
