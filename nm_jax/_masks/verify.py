@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nm_jax._core.axes import matrix_groups
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
 from nm_jax._core.sharding import partitioned
 from nm_jax._core.tables import aligned
@@ -150,7 +151,7 @@ def report_leaf(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafR
 
 
 def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
-    kept = value if value.dtype == jnp.bool_ else _nonzero(value)
+    kept = nonzero(value)
     pattern, count = leaf.pattern, jnp.sum(kept)
     row = LeafReport(leaf, ok=jnp.all(pattern.allows(leaf.tiling.split(kept))), kept=count / kept.size)
     if pattern.tile is not None:
@@ -170,9 +171,3 @@ def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafRepo
 def _share(part: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
     """part / whole; nothing of nothing is all of it."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 1)
-
-
-def _nonzero(value: Float[Array, "..."]) -> Bool[Array, "..."]:
-    """`value != 0` on the bits: comparisons of floats may take subnormal numbers for zero."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[value.dtype.itemsize]
-    return (jax.lax.bitcast_convert_type(value, unsigned) << 1) != 0

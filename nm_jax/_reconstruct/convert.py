@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.patterns import NM, Pattern, TransposableNM
 from nm_jax._core.rules import Rules, SparseLeaf, path_of, resolve
 from nm_jax._core.sharding import partitioned
@@ -96,7 +97,7 @@ def pattern_violations(params: PyTree[Array], rules: Rules, *, partial: str = "s
     rows = []
     for leaf, value in zip(leaves, jax.tree.leaves(params), strict=True):
         if isinstance(leaf, SparseLeaf):
-            active = value != 0
+            active = nonzero(value)
             count = int(jnp.sum(active))
             sparsity = 1 - count / active.size
             pattern = leaf.pattern
@@ -123,7 +124,7 @@ def _broken(leaf: SparseLeaf, active: Bool[Array, "..."]) -> Float[Array, ""]:
 
 
 def _is_nonzero(w: Array) -> Array:
-    return (w != 0).astype(jnp.float32)
+    return nonzero(w).astype(jnp.float32)
 
 
 def choose_patterns(
@@ -154,7 +155,7 @@ def choose_patterns(
     chosen: list[tuple[str, Pattern | None, str | None]] = []
     for leaf, value in zip(resolve(params, rules), jax.tree.leaves(params), strict=True):
         if isinstance(leaf, SparseLeaf):
-            sparsity = 1 - float(np.count_nonzero(np.asarray(value))) / value.size
+            sparsity = 1 - float(np.count_nonzero(nonzero(np.asarray(value)))) / value.size
             fits = (n for n in range(1, m) if 100 * violation_probability(n, m, sparsity) <= percent)
             n = next(fits, m)
             pattern = kind(n, m) if n < m else None
@@ -189,7 +190,7 @@ def fit_masks(
     masks = []
     for leaf, value in zip(leaves, values, strict=True):
         if isinstance(leaf, SparseLeaf):
-            active = value != 0
+            active = nonzero(value)
             masks.append(found[leaf.path] if _broken(leaf, active) > 0 else active)
     return fill(treedef, leaves, masks, None)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import Leaf, Rules, SparseLeaf, empty, parse_rules, path_of, resolve
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
@@ -423,7 +424,7 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
             param = edited[path]
             if jnp.shape(param) != dense.shape:
                 raise ValueError(f"{path}: params has shape {jnp.shape(param)}, the state has {dense.shape}")
-            return jnp.where(kept[path] | (param != 0), param.astype(dense.dtype), dense)
+            return jnp.where(kept[path] | nonzero(param), param.astype(dense.dtype), dense)
 
         return state._replace(dense=jax.tree_util.tree_map_with_path(value, state.dense))
 

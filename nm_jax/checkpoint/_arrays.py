@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax.checkpoint import _records as records
@@ -15,7 +16,7 @@ from nm_jax.checkpoint._packed import encode, take
 from nm_jax.checkpoint._records import Record
 from nm_jax.checkpoint._store import Checkpoint, written_beside
 from nm_jax.checkpoint._tensorfile import TensorWriter, dtype_name, header_size
-from nm_jax.checkpoint._tiles import broken_tiles, nonzero
+from nm_jax.checkpoint._tiles import broken_tiles
 
 
 def save_checkpoint(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nm_jax._core.nonzero import as_bits
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint import _records as records
@@ -20,7 +21,7 @@ from nm_jax.checkpoint._records import Record
 from nm_jax.checkpoint._reports import CheckpointReport, TensorReport, dense_tensors
 from nm_jax.checkpoint._store import Checkpoint, Progress, Tensor, no_progress, written_beside
 from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, TensorWriter, header_size
-from nm_jax.checkpoint._tiles import as_bits, find_mask, largest_sum
+from nm_jax.checkpoint._tiles import find_mask, largest_sum
 from nm_jax.checkpoint._verify import share
 from nm_jax.solvers import Solver, default_solver
 

@@ -12,9 +12,10 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped, UInt
+from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.axes import Tiling
+from nm_jax._core.nonzero import as_bits
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import SparseLeaf
 from nm_jax.solvers import Solver
@@ -122,17 +123,6 @@ def _chunks(tiles: np.ndarray, valid: np.ndarray | None = None) -> Iterator[tupl
         end = ((0, 0), (0, 0), (0, max(start + size - count, 0)))
         chunk = np.pad(tiles[:, :, start : start + size], end)
         yield chunk, None if valid is None else np.pad(valid[:, :, start : start + size], end, constant_values=True)
-
-
-def as_bits(weight: Shaped[np.ndarray, "..."]) -> UInt[np.ndarray, "..."]:
-    """The same memory as unsigned integers: exact, and copied fast whatever the dtype."""
-    return weight.view(np.dtype(f"u{weight.dtype.itemsize}"))
-
-
-def nonzero(weight: Float[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-    """Which entries are not zero; minus zero is."""
-    bits = as_bits(weight)
-    return bits << bits.dtype.type(1) != 0
 
 
 def norm(weight: Float[np.ndarray, "..."]) -> float:

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from nm_jax._core.axes import Tiling
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import DenseLeaf, Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint._records import Record, rounded
 from nm_jax.checkpoint._reports import Checked, CheckpointReport, TensorReport, dense_tensors
 from nm_jax.checkpoint._store import Checkpoint, Progress, Tensor, no_progress
 from nm_jax.checkpoint._tensorfile import FormatError
-from nm_jax.checkpoint._tiles import broken_tiles, largest_sum, nonzero, norm
+from nm_jax.checkpoint._tiles import broken_tiles, largest_sum, norm
 
 
 def verify_checkpoint(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from nm_jax._core.nonzero import nonzero
 from nm_jax._core.patterns import Pattern, TransposableNM, parse_pattern
 from nm_jax.matmul._packing import PackedWeight, SparseMatrix, compress, pack, take, to_dense
 from nm_jax.matmul.menu import Implementation, Product, choose
@@ -156,7 +157,7 @@ def _product(
         assert a is not None  # or no implementation would have been chosen for this side
     else:
         left = w if transposed else w.T
-        a, _ = compress(left, left != 0)
+        a, _ = compress(left, nonzero(left))
     return sparse_product(implementation, a, x)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt16
 
 from nm_jax._core.axes import Tiling
+from nm_jax._core.nonzero import nonzero
 
 GROUP = 4  # consecutive columns of which two are kept
 WORD = 16  # columns that one word of metadata covers
@@ -105,7 +106,7 @@ def pack(
         raise ValueError(f"mask has shape {mask.shape} and the weight {w.shape}; give one boolean for each entry")
     packed = _pack(w, mask, axes, orientation)
     if not isinstance(packed.overfull, jax.core.Tracer) and np.any(packed.overfull):
-        raise ValueError(_describe_overfull(w != 0 if mask is None else mask, axes, orientation))
+        raise ValueError(_describe_overfull(nonzero(w) if mask is None else mask, axes, orientation))
     return packed
 
 
@@ -218,7 +219,7 @@ def _decode(metadata: UInt16[Array, "rows words"]):
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _pack(w, mask, axes: str, orientation: Orientation) -> PackedWeight:
     matrix = _matrix(w, axes)
-    kept = matrix != 0 if mask is None else _matrix(mask, axes)
+    kept = nonzero(matrix) if mask is None else _matrix(mask, axes)
     forward = backward = None
     overfull = jnp.zeros((), bool)
     if orientation in ("both", "forward"):
