@@ -22,13 +22,13 @@ from ._masks.verify import verify as verify
 
 # Training: one optax transformation, and what to read from its state.
 from ._training.transformation import sparse_training as sparse_training
-from ._training.transformation import RefreshStats as RefreshStats
-from ._training.transformation import SparseTrainingState as SparseTrainingState
-from ._training.transformation import dense_params as dense_params
-from ._training.transformation import masks as masks
-from ._training.transformation import refresh_stats as refresh_stats
-from ._training.transformation import sparse_params as sparse_params
-from ._training.transformation import with_params as with_params
+from ._training.state import RefreshStats as RefreshStats
+from ._training.state import SparseTrainingState as SparseTrainingState
+from ._training.reading import dense_params as dense_params
+from ._training.reading import masks as masks
+from ._training.reading import refresh_stats as refresh_stats
+from ._training.reading import sparse_params as sparse_params
+from ._training.reading import with_params as with_params
 from ._training.straight_through import sr_ste as sr_ste
 from ._training.straight_through import sr_ste_term as sr_ste_term
 from ._training.straight_through import ste as ste
