@@ -21,12 +21,21 @@ FLOORS = {
     "checkpoint": 4,
     "cli": 5,
 }
+# Functions that import a module of ours, and why not at the top.
+LATE = {
+    ("matmul/ampere.py", "_kernel"): "Pallas takes longer to import than all of the library",
+    ("matmul/hopper.py", "_kernel"): "Pallas takes longer to import than all of the library",
+}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 def room(module):
     """`nm_jax.solvers.base` -> `solvers`."""
     return module.removeprefix("nm_jax.").split(".")[0]
+
+
+def late(path, node):
+    return isinstance(node, ast.FunctionDef) and (path.relative_to(ROOT).as_posix(), node.name) in LATE
 
 
 def imports(path):
@@ -67,9 +76,16 @@ def test_modules_do_not_import_each_other_in_circles():
 def test_no_import_hides_in_a_function():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and not late(path, node):
                 inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
                 assert not inner, f"{path.name}: {node.name} imports lazily"
+
+
+def test_what_may_import_late_does():
+    for name, function in LATE:
+        tree = ast.parse((ROOT / name).read_text())
+        [found] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+        assert any(isinstance(node, ast.ImportFrom) for node in found.body)
 
 
 def test_the_interface_of_solvers_knows_no_solver():

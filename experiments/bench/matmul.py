@@ -48,16 +48,15 @@ CPU_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024)]
 CHECKS = [(512, 512, 1024), (384, 264, 528), (129, 300, 76)]  # tokens, rows, k
 MLP = (8192, 4096, 14336)  # tokens, width, hidden
 TARGET = 1.3
-REFERENCE = nm.matmul.IMPLEMENTATIONS[-1]
+REFERENCE = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == "reference")
 
 
 def kernels(device: jax.Device) -> tuple[list[nm.matmul.Implementation], dict[str, str]]:
     """The GPU kernels that run on a device, and why the others do not."""
-    reasons = {
-        kernel.name: kernel.supports(jnp.bfloat16, 4096, 4096, 4096, device)
-        for kernel in nm.matmul.IMPLEMENTATIONS[:-1]
-    }
-    able = [kernel for kernel in nm.matmul.IMPLEMENTATIONS[:-1] if reasons[kernel.name] is None]
+    sparse = [i for i in nm.matmul.IMPLEMENTATIONS if i.is_kernel]
+    product = nm.matmul.Product(jnp.bfloat16, 4096, 4096, 4096)
+    reasons = {kernel.name: kernel.supports(product, device) for kernel in sparse}
+    able = [kernel for kernel in sparse if reasons[kernel.name] is None]
     return able, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -314,7 +313,9 @@ def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Mea
         packing = max(seconds["sparse and packing"] - seconds["sparse"], 0.0)
         sizes = (row["tokens"], row["rows"], row["k"])
         times = (seconds["dense"], seconds["sparse"], packing)
-        found.append(nm.matmul.Measurement(device.device_kind, row["implementation"], "bfloat16", *sizes, *times))
+        kernel = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == row["implementation"])
+        origin = (device.device_kind, kernel.name, kernel.version, jax.__version__, "bfloat16")
+        found.append(nm.matmul.Measurement(*origin, *sizes, *times))
     return found
 
 

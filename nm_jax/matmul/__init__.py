@@ -13,5 +13,6 @@ from nm_jax.matmul._profile import Measurement as Measurement
 from nm_jax.matmul._profile import load_profile as load_profile
 from nm_jax.matmul._profile import profile_path as profile_path
 from nm_jax.matmul._profile import save_profile as save_profile
+from nm_jax.matmul.base import Implementation as Implementation
+from nm_jax.matmul.base import Product as Product
 from nm_jax.matmul.menu import IMPLEMENTATIONS as IMPLEMENTATIONS
-from nm_jax.matmul.menu import Implementation as Implementation

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.patterns import Pattern, TransposableNM, parse_pattern
+from nm_jax.matmul._choice import choose
 from nm_jax.matmul._packing import PackedWeight, SparseMatrix, compress, pack, take, to_dense
-from nm_jax.matmul.menu import Implementation, Product, choose
+from nm_jax.matmul.base import Implementation, Product
 
 
 def nm_matmul(
@@ -32,9 +33,10 @@ def nm_matmul(
     weights learn and the mask can change (Section 4 of the paper).
 
     What `implementation=None` means is decided for each product when it is traced: of the sparse kernels that support
-    device, dtype, shape and version of jax, the one that was *measured* to beat the dense product at a shape within a
-    factor of two, the packing of the weight included (`experiments/bench/matmul.py` measures, `save_profile` saves).
-    Everywhere else, on CPU above all, it is the plain dense product, which gives the same result and packs nothing.
+    device, dtype, shape and version of jax, the one that gains the most over the dense product, the packing of the
+    weight included, going by what was *measured* on that device (`experiments/bench/matmul.py` measures,
+    `nm_jax.matmul.save_profile` saves). Everywhere else, on CPU above all, it is the plain dense product, which gives
+    the same result and packs nothing; on a GPU a warning then says why, once.
 
     Args:
       x: any leading dimensions. Operands are promoted to one dtype; bfloat16 and float16 are accumulated in float32.
@@ -103,8 +105,7 @@ def choose_sides(
     if not min(product.tokens, product.k, product.rows):
         return Sides(None, None)
     forward = choose(implementation, product, device)
-    transposed = dataclasses.replace(product, rows=product.k, k=product.rows)
-    return Sides(forward, choose(implementation, transposed, device) if both else None)
+    return Sides(forward, choose(implementation, product.transposed, device) if both else None)
 
 
 def multiply(

@@ -50,3 +50,13 @@ def expand(values: Shaped[Array, "rows k//2"], words: Int32[Array, "chunks lanes
     first = jnp.where(nibbles & 3 == column, pairs[:, :, 0], 0)
     second = jnp.where(nibbles >> 2 == column, pairs[:, :, 1], 0)
     return (first + second).reshape(rows, 2 * kept)
+
+
+def add_product(
+    sums: Float[Array, "rows tokens"],
+    values: Shaped[Array, "rows k//2"],
+    words: Int32[Array, "chunks lanes"],
+    x: Float[Array, "tokens k"],
+) -> Float[Array, "rows tokens"]:
+    """Sums plus A X^T, as the instructions of a stage give them: for runs without a sparse tensor core."""
+    return sums + jnp.matmul(expand(values, words), x.astype(jnp.float32).T, precision="highest")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,7 +11,8 @@ from jaxtyping import Array
 
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._api import Sides, choose_sides, multiply, sparse_sides
-from nm_jax.matmul.menu import Implementation, Product, default_device, is_gpu
+from nm_jax.matmul._choice import default_device, is_gpu, warn_once
+from nm_jax.matmul.base import Implementation, Product
 
 
 def dot_general(
@@ -134,12 +134,7 @@ class _Layer:
     def report(self, what: str, why: str) -> None:
         """Say once that a product is dense, unless all are on this device."""
         if self.implementation is not None or is_gpu(self.device or default_device()):
-            _report(f"{what} runs dense: {why}")
-
-
-@functools.cache
-def _report(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+            warn_once(f"{what} runs dense: {why}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nm_jax.matmul._packing import SparseMatrix, to_dense
+from nm_jax.matmul.base import Product
 
 
-def supports(dtype, tokens: int, rows: int, k: int, device) -> str | None:
-    """`None`: nothing is refused."""
-    del dtype, tokens, rows, k, device
+def supports(product: Product, device: jax.Device) -> str | None:
+    """Nothing is refused."""
+    del product, device
     return None
 
 
 def product(a: SparseMatrix, x: Float[Array, "tokens k"]) -> Float[Array, "tokens rows"]:
-    """x A^T by decoding A and one dense product, accumulated in float32 at least, in the dtype of `x`."""
+    """Decodes A, and runs one dense product."""
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     exact = jax.lax.Precision.HIGHEST
     y = jax.lax.dot_general(x, to_dense(a), (((1,), (1,)), ((), ())), exact, accumulator)

@@ -1,25 +1,28 @@
-"""The implementations that can run without a GPU, for the contract suite and for models."""
+"""Every implementation as it can run without a GPU, for the contract suite and for models."""
 
+import dataclasses
 import functools
+import inspect
 
-import jax.numpy as jnp
-
-from nm_jax.matmul import Implementation, ampere, hopper, reference
-from nm_jax.matmul import _mosaic as mosaic
+from nm_jax.matmul import IMPLEMENTATIONS
+from nm_jax.matmul._tiles import PTX_TYPES
 
 
-def _interpreted(module, config):
+def _runnable(implementation):
     """A kernel in Pallas' interpreter: grid, pipeline and indices as on a GPU, the instruction replaced."""
+    if "interpret" not in inspect.signature(implementation.product).parameters:
+        return implementation
 
-    def supports(dtype, tokens, rows, k, device):
-        del tokens, rows, k, device
-        return None if jnp.dtype(dtype) in mosaic.PTX_TYPES else "sparse tensor cores take bfloat16 or float16 here"
+    def supports(product, device):
+        del device
+        return None if product.dtype in PTX_TYPES else "sparse tensor cores take bfloat16 or float16 here"
 
-    product = functools.partial(module.product, config=config, interpret=True)
-    return Implementation(f"{module.__name__.rpartition('.')[2]}-interpreted", supports, product, self_check=False)
+    product = functools.partial(implementation.product, interpret=True)
+    name = f"{implementation.name}-interpreted"
+    return dataclasses.replace(implementation, name=name, supports=supports, product=product, is_kernel=False)
 
 
-REFERENCE = Implementation("reference", reference.supports, reference.product, self_check=False)
-HOPPER = _interpreted(hopper, hopper.Config(tile_tokens=64, stages=2))
-AMPERE = _interpreted(ampere, None)
-RUNNABLE = [REFERENCE, HOPPER, AMPERE]
+RUNNABLE = [_runnable(implementation) for implementation in IMPLEMENTATIONS]
+HOPPER, AMPERE, REFERENCE = (
+    next(i for i in RUNNABLE if i.name.startswith(name)) for name in ("hopper", "ampere", "reference")
+)

@@ -1,10 +1,6 @@
 """`nm_matmul`: derivatives, batches, the choice of implementation, what is refused."""
 
-import dataclasses
 import functools
-import json
-import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +8,8 @@ import numpy as np
 import pytest
 
 from nm_jax import NM, SequentialNM, TransposableNM
-from nm_jax.matmul import (
-    Implementation,
-    Measurement,
-    load_profile,
-    menu,
-    nm_matmul,
-    pack,
-    profile_path,
-    reference,
-    repack,
-    save_profile,
-)
+from nm_jax.matmul import nm_matmul, pack, repack
 from tests.matmul.cases import transposable
-from tests.matmul.implementations import REFERENCE
 
 K, ROWS = 24, 16
 MASK = transposable(K, ROWS)
@@ -262,135 +246,3 @@ def test_while_tracing_a_dense_weight_is_cut_to_the_two_largest():
     w = jnp.asarray([[1.0], [-4.0], [3.0], [2.0]])
     y = jax.jit(functools.partial(nm_matmul, pattern="2:4", implementation="reference"))(x, w)
     np.testing.assert_array_equal(y, [[0.0], [-4.0], [3.0], [0.0]])
-
-
-# ---------------------------------------------------------------------------------------------------------- the choice
-
-
-GPU = types.SimpleNamespace(platform="gpu", device_kind="Test GPU", compute_capability="9.0")
-MEASURED = Measurement("Test GPU", "fast", "bfloat16", 4096, 1024, 2048, dense=1.0, sparse=0.6, packing=0.2)
-ASKED = menu.Product(np.dtype(jnp.bfloat16), 4096, 1024, 2048)
-
-
-def kernel(name="fast", reason=None, product=reference.product):
-    return Implementation(name, lambda *_: reason, product)
-
-
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A GPU with a kernel, and a profile of its own."""
-    monkeypatch.setenv("NM_JAX_PROFILE", str(tmp_path / "profile.json"))
-    menu._warn_once.cache_clear()
-
-    def set_up(*kernels):
-        monkeypatch.setattr(menu, "IMPLEMENTATIONS", (*kernels, REFERENCE))
-
-    set_up(kernel())
-    return set_up
-
-
-def test_a_kernel_is_chosen_where_it_was_measured_to_pay(machine):
-    save_profile([MEASURED])
-    assert menu.choose(None, ASKED, GPU).name == "fast"
-    for change, chosen in [
-        ({"tokens": 8192}, True),  # a factor of two away
-        ({"tokens": 8193}, False),  # more
-        ({"rows": 512, "k": 1024}, True),
-        ({"k": 1000}, False),
-        ({"dtype": np.dtype(np.float16)}, False),
-    ]:
-        choice = menu.choose(None, dataclasses.replace(ASKED, **change), GPU)
-        assert (choice is not None) == chosen, change
-    other = types.SimpleNamespace(**{**vars(GPU), "device_kind": "Other GPU"})
-    with pytest.warns(UserWarning, match="no kernel was measured on it"):
-        assert menu.choose(None, ASKED, other) is None
-
-
-def test_packing_counts_unless_the_weight_is_packed(machine):
-    save_profile([dataclasses.replace(MEASURED, packing=0.5)])
-    assert menu.choose(None, ASKED, GPU) is None
-    assert menu.choose(None, dataclasses.replace(ASKED, packed=True), GPU).name == "fast"
-
-
-def test_the_nearest_measured_shape_decides(machine):
-    save_profile([MEASURED, dataclasses.replace(MEASURED, tokens=2048, sparse=1.5)])
-    assert menu.choose(None, dataclasses.replace(ASKED, tokens=3500), GPU) is not None
-    assert menu.choose(None, dataclasses.replace(ASKED, tokens=2200), GPU) is None
-
-
-def test_the_kernel_that_gains_most_is_chosen_and_one_that_cannot_run_is_named(machine):
-    machine(kernel("slow"), kernel("fast", reason="it rains"))
-    save_profile([MEASURED, dataclasses.replace(MEASURED, implementation="slow", sparse=0.7)])
-    with pytest.warns(UserWarning, match="'fast' was measured to pay but is not used: it rains"):
-        assert menu.choose(None, ASKED, GPU).name == "slow"
-    with warnings.catch_warnings(action="error"):  # said once
-        assert menu.choose(None, ASKED, GPU).name == "slow"
-    with pytest.raises(ValueError, match="it rains"):
-        menu.choose("fast", ASKED, GPU)
-
-
-def test_a_gpu_without_measurements_says_why_it_is_dense(machine):
-    with pytest.warns(UserWarning, match=r"run dense on Test GPU: no kernel was measured.*profile\.json"):
-        assert menu.choose(None, ASKED, GPU) is None
-    machine(kernel(reason="jax 0.1 lacks the parts of Pallas that it needs"))
-    with pytest.warns(UserWarning, match="run dense on Test GPU: fast: jax 0.1 lacks"):
-        assert menu.choose(None, ASKED, GPU) is None
-
-
-def wrong(a, x):
-    return reference.product(a, x) + 1
-
-
-def broken(a, x):
-    raise RuntimeError("no such instruction")
-
-
-@pytest.mark.parametrize("product, words", [(wrong, "it is wrong on a small product, by 1"), (broken, "no such instr")])
-def test_a_kernel_that_fails_its_self_check_is_never_used(machine, product, words):
-    cpu = jax.devices()[0]
-    machine(kernel(product=product))
-    save_profile([dataclasses.replace(MEASURED, device=cpu.device_kind)])
-    with pytest.raises(ValueError, match=words):
-        menu.choose("fast", ASKED, cpu)
-    with pytest.warns(UserWarning, match=words):
-        assert menu.choose(None, ASKED, cpu) is None
-
-
-def test_the_self_check_runs_once_and_also_while_tracing(machine):
-    runs = []
-
-    def counted(a, x):
-        runs.append(x.shape)
-        return reference.product(a, x)
-
-    implementation = kernel(product=counted)
-    x, w = operands(5)
-    for _ in range(2):
-        y = jax.jit(functools.partial(nm_matmul, implementation=implementation))(x, w)
-    np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
-    assert runs.count((256, 512)) == 1
-
-
-def test_under_a_mesh_that_the_compiler_partitions_the_default_is_dense(machine):
-    cpu = jax.devices()[0]
-    save_profile([dataclasses.replace(MEASURED, device=cpu.device_kind)])
-    assert menu.choose(None, ASKED, cpu).name == "fast"
-    for kind, chosen in ((jax.sharding.AxisType.Auto, False), (jax.sharding.AxisType.Manual, True)):
-        mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(kind,))
-        with jax.sharding.use_abstract_mesh(mesh):
-            assert (menu.choose(None, ASKED, cpu) is not None) == chosen
-
-
-def test_profiles_are_saved_and_merged(machine, tmp_path, monkeypatch):
-    assert load_profile() == ()
-    other = dataclasses.replace(MEASURED, device="Other GPU")
-    save_profile([MEASURED, other])
-    newer = dataclasses.replace(MEASURED, sparse=0.5)
-    assert save_profile([newer]) == profile_path() == tmp_path / "profile.json"
-    assert set(load_profile()) == {newer, other}
-    (tmp_path / "bad.json").write_text(json.dumps([{"device": 1}]))
-    with pytest.raises(ValueError, match=r"bad\.json is no profile.*measure again"):
-        load_profile(tmp_path / "bad.json")
-    monkeypatch.delenv("NM_JAX_PROFILE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert profile_path() == tmp_path / "nm_jax" / "matmul.json"

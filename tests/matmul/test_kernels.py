@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nm_jax.matmul import Product, _ampere_kernel, _hopper_kernel, _tiles, ampere, hopper
 from nm_jax.matmul import _fragments as fragments
 from nm_jax.matmul import _mosaic as mosaic
-from nm_jax.matmul import ampere, hopper
 from nm_jax.matmul._packing import SparseMatrix
 from tests.matmul import cases, ptx
 
@@ -78,7 +78,7 @@ def test_lane_words_make_the_instruction_see_the_dense_matrix():
 def test_padding_is_zeros_with_metadata_in_order():
     """Positions of a group must ascend even where nothing is kept: anything else is undefined to the hardware."""
     weights, a, x = operands(3, 20, 84, np.float16)
-    values, metadata, padded = map(np.asarray, mosaic.pad_operands(a, x, (64, 128, 64)))
+    values, metadata, padded = map(np.asarray, _tiles.pad_operands(a, x, (64, 128, 64)))
     assert (values.shape, metadata.shape, padded.shape) == ((128, 64), (128, 8), (64, 128))
     nibbles = metadata[..., None] >> np.arange(0, 16, 4) & 15
     assert (nibbles & 3 < nibbles >> 2).all()
@@ -170,9 +170,9 @@ def test_plan_of_a_stage(tile_k):
     words = np.asarray(fragments.lane_words(a.metadata, 4)).view(np.uint32)[0]
     a_image, x_image = (shared_image(np.asarray(tile).view(np.uint16)) for tile in (a.values, x))
     sums = np.zeros((64, tokens), np.float32)
-    for step in hopper.steps(tile_k):
-        kept = read_operand(a_image, hopper.descriptor(tile_k // 2), step.a_offset, 64, 16).view(half)
-        right = read_operand(x_image, hopper.descriptor(tile_k), step.x_offset, tokens, 32).view(half)
+    for step in _hopper_kernel.steps(tile_k):
+        kept = read_operand(a_image, _hopper_kernel.descriptor(tile_k // 2), step.a_offset, 64, 16).view(half)
+        right = read_operand(x_image, _hopper_kernel.descriptor(tile_k), step.x_offset, tokens, 32).view(half)
         left = np.zeros((64, 32), np.float32)
         for row, group in np.ndindex(64, 8):
             lane = 32 * (row // 16) + 4 * (row % 8) + 2 * step.selector + group // 4
@@ -180,7 +180,7 @@ def test_plan_of_a_stage(tile_k):
             left[row, 4 * group + (nibble & 3)] = kept[row, 2 * group]
             left[row, 4 * group + (nibble >> 2)] = kept[row, 2 * group + 1]
         sums += left @ right.astype(np.float32).T
-    assert len(hopper.steps(tile_k)) == tile_k // 32
+    assert len(_hopper_kernel.steps(tile_k)) == tile_k // 32
     np.testing.assert_allclose(sums.T, dense_product(weights, x), rtol=1e-5, atol=1e-5)
 
 
@@ -277,7 +277,7 @@ def test_supports_by_device(monkeypatch):
         capability: [
             name
             for name, kernel in KERNELS.items()
-            if kernel.supports(jnp.bfloat16, 4096, 4096, 4096, gpu(capability)) is None
+            if kernel.supports(Product(jnp.bfloat16, 4096, 4096, 4096), gpu(capability)) is None
         ]
         for capability in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx942")
     }
@@ -289,22 +289,37 @@ def test_supports_by_device(monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 def test_supports_gives_the_reason(name, monkeypatch):
     monkeypatch.setattr(ampere, "FIRST_JAX", (0, 10, 0))
-    supports, right = KERNELS[name].supports, gpu({"hopper": "9.0", "ampere": "8.0"}[name])
-    assert supports(jnp.float16, 1000, 1000, 1008, right) is None
-    assert "float32" in supports(jnp.float32, 1024, 1024, 1024, right)
-    assert "device is" in supports(jnp.bfloat16, 1024, 1024, 1024, jax.devices("cpu")[0])
-    assert "padding would multiply the work by" in supports(jnp.bfloat16, 40, 1024, 1024, right)
-    assert "empty" in supports(jnp.bfloat16, 0, 1024, 1024, right)
+    right = gpu({"hopper": "9.0", "ampere": "8.0"}[name])
+
+    def supports(dtype, *sizes, device=right):
+        return KERNELS[name].supports(Product(dtype, *sizes), device)
+
+    assert supports(jnp.float16, 1000, 1000, 1008) is None
+    assert "float32" in supports(jnp.float32, 1024, 1024, 1024)
+    assert "device is" in supports(jnp.bfloat16, 1024, 1024, 1024, device=jax.devices("cpu")[0])
+    assert "padding would multiply the work by" in supports(jnp.bfloat16, 40, 1024, 1024)
+    assert "empty" in supports(jnp.bfloat16, 0, 1024, 1024)
     monkeypatch.setattr(mosaic, "UNAVAILABLE", "jax lacks it")
-    assert supports(jnp.bfloat16, 1024, 1024, 1024, right) == "jax lacks it"
+    assert supports(jnp.bfloat16, 1024, 1024, 1024) == "jax lacks it"
+
+
+@pytest.mark.parametrize(("capability", "fits"), [("8.0", True), ("8.6", False), ("8.7", True), ("8.9", False)])
+def test_the_shared_memory_of_each_ampere_is_respected(capability, fits, monkeypatch):
+    monkeypatch.setattr(ampere, "FIRST_JAX", (0, 10, 0))
+    product, device = Product(jnp.bfloat16, 4096, 4096, 4096), gpu(capability)
+    assert ampere.supports(product, device) is None
+    two_large_stages = ampere.Config(tile_k=128, stages=2)
+    assert two_large_stages.shared_bytes == 102_400
+    reason = ampere.supports(product, device, two_large_stages)
+    assert reason is None if fits else f"102400 bytes of shared memory of 101376 on GPU {capability}" in reason
 
 
 def test_ampere_is_refused_before_tracing(monkeypatch):
     """Old releases of jax abort the process when they compile it."""
     monkeypatch.setattr(ampere, "FIRST_JAX", (99, 0, 0))
-    monkeypatch.setattr(ampere, "_multiply", None)
+    monkeypatch.setattr(_ampere_kernel, "multiply", None)
     _, a, x = operands(128, 128, 64, ml_dtypes.bfloat16)
-    assert "needs 99.0.0 or newer" in ampere.supports(jnp.bfloat16, 128, 128, 64, gpu("8.0"))
+    assert "needs 99.0.0 or newer" in ampere.supports(Product(jnp.bfloat16, 128, 128, 64), gpu("8.0"))
     with pytest.raises(NotImplementedError, match=r"needs 99\.0\.0 or newer"):
         ampere.product(a, x)
 
@@ -335,6 +350,7 @@ def test_product_refuses(name, monkeypatch):
         (hopper.Config, {"cluster": 4}, "cluster is 1 or 2"),
         (ampere.Config, {"tile_k": 32}, "tile_k must be 64 or 128"),
         (ampere.Config, {"stages": 1}, "stages must be at least 2"),
+        (ampere.Config, {"tile_k": 128, "stages": 4}, "bytes of shared memory"),
     ],
 )
 def test_config_refuses(config, options, message):
@@ -347,12 +363,15 @@ def test_imports_without_mosaic():
     program = """
 import sys
 sys.modules["jax.experimental.pallas.mosaic_gpu"] = None
+import types
 import jax, jax.numpy as jnp
-from nm_jax.matmul import ampere, hopper
+from nm_jax.matmul import Product, ampere, hopper
 from nm_jax.matmul._packing import SparseMatrix
 a = SparseMatrix(jnp.zeros((16, 8), jnp.bfloat16), jnp.zeros((16, 1), jnp.uint16), 16)
-for kernel in (ampere, hopper):
-    print(kernel.supports(jnp.bfloat16, 256, 256, 256, jax.devices()[0]))
+ampere.FIRST_JAX = (0, 10, 0)
+for kernel, capability in ((ampere, "8.0"), (hopper, "9.0")):
+    device = types.SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability=capability)
+    print(kernel.supports(Product(jnp.bfloat16, 256, 256, 256), device))
     try:
         kernel.product(a, jnp.zeros((8, 16), jnp.bfloat16))
     except NotImplementedError as error:
@@ -361,4 +380,20 @@ for kernel in (ampere, hopper):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and sum("lacks a part of Pallas Mosaic GPU" in line for line in lines) >= 3, done.stdout
+    assert len(lines) == 4 and all("lacks a part of Pallas Mosaic GPU" in line for line in lines), done.stdout
+
+
+def test_pallas_is_loaded_by_the_first_use_of_a_kernel():
+    program = """
+import sys, types
+import jax.numpy as jnp
+import nm_jax as nm
+loaded = lambda: any(name.startswith("jax.experimental.pallas") for name in sys.modules)
+x = w = jnp.zeros((4, 4))
+nm.nm_matmul(x, w, implementation="reference"), nm.nm_matmul(x, w), nm.dot_general()
+product = nm.matmul.Product(jnp.bfloat16, 256, 256, 256)
+device = types.SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability="9.0")
+print(loaded(), nm.matmul.IMPLEMENTATIONS[0].supports(product, device), loaded())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["False", "None", "True"], done.stderr

@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 import nm_jax as nm
-from nm_jax.matmul import _layers as layers
-from nm_jax.matmul import conv_general_dilated, dot_general, einsum
+from nm_jax.matmul import _choice, conv_general_dilated, dot_general, einsum
 from tests.matmul.cases import leaf_mask, transposable
 from tests.matmul.implementations import AMPERE
 from tests.matmul.test_api import calls
@@ -158,7 +157,7 @@ def test_any_dimension_numbers(x_shape, w_shape, numbers):
     ],
 )
 def test_the_arguments_of_dot_general(kwargs, sparse):
-    layers._report.cache_clear()
+    _choice.warn_once.cache_clear()
     x, w = jnp.ones((3, 8), jnp.bfloat16), jnp.asarray(transposable(8, 4), jnp.bfloat16)
     numbers = (((1,), (0,)), ((), ()))
     call = functools.partial(DOT, dimension_numbers=numbers, **kwargs)
@@ -173,7 +172,7 @@ def test_the_arguments_of_dot_general(kwargs, sparse):
 
 
 def test_an_out_sharding_is_obeyed_by_a_dense_product():
-    layers._report.cache_clear()
+    _choice.warn_once.cache_clear()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((4, 8)), jax.P("data", None))
@@ -186,7 +185,7 @@ def test_an_out_sharding_is_obeyed_by_a_dense_product():
 
 @pytest.mark.parametrize("k, rows, because", [(6, 8, "4 does not divide"), (8, 10, "4 does not divide")])
 def test_sizes_that_training_skips_stay_dense_and_that_is_said_once(k, rows, because, recwarn):
-    layers._report.cache_clear()
+    _choice.warn_once.cache_clear()
     x, w = jnp.ones((3, k)), jnp.ones((k, rows))  # a dense head, for instance
     call = functools.partial(DOT, dimension_numbers=(((1,), (0,)), ((), ())))
     np.testing.assert_array_equal(call(x, w), x @ w)
@@ -198,7 +197,7 @@ def test_sizes_that_training_skips_stay_dense_and_that_is_said_once(k, rows, bec
 
 def test_other_convolutions_stay_dense_and_that_is_said():
     x, w = jnp.ones((1, 6, 6, 8)), jnp.ones((3, 3, 8, 4))
-    layers._report.cache_clear()
+    _choice.warn_once.cache_clear()
     call = functools.partial(CONV, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     with pytest.warns(UserWarning, match=r"kernel of shape \(3, 3, 8, 4\) runs dense: it is not 1 x 1"):
         y = call(x, w, (1, 1), "SAME")
@@ -210,7 +209,7 @@ def test_other_convolutions_stay_dense_and_that_is_said():
         {"padding": [(0, 0), (0, 0)], "lhs_dilation": (2, 1)},
         {"rhs": jnp.ones((1, 1, 2, 4)), "feature_group_count": 4},
     ):
-        layers._report.cache_clear()
+        _choice.warn_once.cache_clear()
         arguments = {"rhs": one, "window_strides": (1, 1), "padding": "VALID", **change}
         with pytest.warns(UserWarning, match="runs dense"):
             y = call(x, **arguments)

@@ -1,0 +1,70 @@
+"""What a sparse product is, and what an implementation of it has to do."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from nm_jax.matmul._packing import SparseMatrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product x A^T that an implementation is wanted for.
+
+    Args:
+      dtype: dtype of the operands.
+      tokens: rows of x.
+      rows: rows of A, the outputs of a layer going forward.
+      k: columns of A, zeros included, the inputs of a layer going forward.
+      packed: whether A is packed already, so that packing costs nothing.
+    """
+
+    dtype: np.dtype
+    tokens: int
+    rows: int
+    k: int
+    packed: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(tokens, rows, k)"""
+        return self.tokens, self.rows, self.k
+
+    @property
+    def transposed(self) -> "Product":
+        """The product of the input gradient, where this one is that of the layer."""
+        return dataclasses.replace(self, rows=self.k, k=self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run a sparse product; how to add one is said in `nm_jax/matmul/menu.py`.
+
+    Args:
+      name: what `implementation=` calls it.
+      supports: (product, device) -> `None` if it can, and should, run a `Product` on a `jax.Device`, or the reason why
+        not, as a clause. It traces nothing, and is quick to refuse a device that is not its own.
+      product: (A, x) -> x A^T, that is y[t, r] = sum_k A[r, k] x[t, k], accumulated in float32 at least and rounded
+        once to the dtype of `x`, which is that of the values of A. Works under `jax.jit`; needs no derivative and no
+        batching rule, `nm_matmul` gives it both. What A prunes is never multiplied, nor is padding: a NaN or an
+        infinity in one token reaches that token alone. `ValueError` where shapes or dtypes of A and x do not
+        match, `NotImplementedError` where it cannot run. The product of a kernel takes `interpret=True` too, to run
+        anywhere with its grid, pipeline and indices unchanged.
+      is_kernel: whether it runs on sparse tensor cores. A kernel may become the default where it was measured to be
+        faster than the dense product, and is compared with `reference` on a small product, once per process, device
+        and dtype, before its first use.
+      version: to be raised when a change makes it faster or slower: what was measured of another version does not
+        count.
+    """
+
+    name: str
+    supports: Callable[[Product, jax.Device], str | None]
+    product: Callable[[SparseMatrix, Float[Array, "tokens k"]], Float[Array, "tokens rows"]]
+    is_kernel: bool = True
+    version: int = 1
