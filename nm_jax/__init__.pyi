@@ -22,13 +22,13 @@ from ._masks.verify import verify as verify
 
 # Training: one optax transformation, and what to read from its state.
 from ._training.transformation import sparse_training as sparse_training
-from ._training.transformation import RefreshStats as RefreshStats
-from ._training.transformation import SparseTrainingState as SparseTrainingState
-from ._training.transformation import dense_params as dense_params
-from ._training.transformation import masks as masks
-from ._training.transformation import refresh_stats as refresh_stats
-from ._training.transformation import sparse_params as sparse_params
-from ._training.transformation import with_params as with_params
+from ._training.state import RefreshStats as RefreshStats
+from ._training.state import SparseTrainingState as SparseTrainingState
+from ._training.reading import dense_params as dense_params
+from ._training.reading import masks as masks
+from ._training.reading import refresh_stats as refresh_stats
+from ._training.reading import sparse_params as sparse_params
+from ._training.reading import with_params as with_params
 from ._training.straight_through import sr_ste as sr_ste
 from ._training.straight_through import sr_ste_term as sr_ste_term
 from ._training.straight_through import ste as ste
@@ -45,25 +45,25 @@ from ._model.gram import Gram as Gram
 from ._model.gram import gram as gram
 
 # A pretrained network, without training.
-from ._reconstruct.convert import Conversion as Conversion
-from ._reconstruct.convert import Violations as Violations
-from ._reconstruct.convert import choose_patterns as choose_patterns
-from ._reconstruct.convert import convert as convert
-from ._reconstruct.convert import fit_masks as fit_masks
-from ._reconstruct.convert import pattern_violations as pattern_violations
-from ._reconstruct.convert import violation_probability as violation_probability
-from ._reconstruct.adaprune import PrunedLayer as PrunedLayer
-from ._reconstruct.adaprune import PruneReport as PruneReport
-from ._reconstruct.adaprune import adaprune as adaprune
-from ._reconstruct.adaprune import reconstruct_layers as reconstruct_layers
-from ._reconstruct.layer import Reconstruction as Reconstruction
-from ._reconstruct.layer import absorb_mean as absorb_mean
-from ._reconstruct.layer import output_error as output_error
-from ._reconstruct.layer import reconstruct as reconstruct
+from ._reconstruct._convert import Conversion as Conversion
+from ._reconstruct._convert import Violations as Violations
+from ._reconstruct._convert import choose_patterns as choose_patterns
+from ._reconstruct._convert import convert as convert
+from ._reconstruct._convert import fit_masks as fit_masks
+from ._reconstruct._convert import pattern_violations as pattern_violations
+from ._reconstruct._convert import violation_probability as violation_probability
+from ._reconstruct._adaprune import PrunedLayer as PrunedLayer
+from ._reconstruct._adaprune import PruneReport as PruneReport
+from ._reconstruct._adaprune import adaprune as adaprune
+from ._reconstruct._adaprune import reconstruct_layers as reconstruct_layers
+from ._reconstruct._layer import Reconstruction as Reconstruction
+from ._reconstruct._layer import absorb_mean as absorb_mean
+from ._reconstruct._layer import output_error as output_error
+from ._reconstruct._layer import reconstruct as reconstruct
 from ._reconstruct.scores import obc as obc
 from ._reconstruct.scores import score_tree as score_tree
 from ._reconstruct.scores import wanda as wanda
-from ._reconstruct.batch_norm import tune_batch_norm as tune_batch_norm
+from ._reconstruct._batch_norm import tune_batch_norm as tune_batch_norm
 
 # Products with 2:4 weights on sparse tensor cores.
 from . import matmul as matmul

@@ -25,9 +25,12 @@ def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any) -> Out
       What the function returns, with these specs if a mesh with explicit axes is involved.
     """
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
-    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
+    explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if explicit is None:
+        return function(*args)
+    # The mesh of the arrays, whether or not the caller has set one.
+    with jax.sharding.use_abstract_mesh(explicit):
         return jax.sharding.auto_axes(function, out_sharding=out_specs)(*args)
-    return function(*args)
 
 
 def spec(leaf: Array) -> PartitionSpec:

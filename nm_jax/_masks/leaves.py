@@ -94,7 +94,9 @@ def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _How, scores: lis
     if explicit:
         mesh = explicit[0].mesh
         specs = [_aligned(leaf, s.spec, s.mesh) for leaf, s in zip(leaves, shardings, strict=True)]
-        scores = [jax.sharding.reshard(score, spec) for score, spec in zip(scores, specs, strict=True)]
+        scores = [
+            jax.sharding.reshard(score, NamedSharding(mesh, spec)) for score, spec in zip(scores, specs, strict=True)
+        ]
         local = functools.partial(_solve_part, leaves, how, specs)
         specs_out = (specs, [PartitionSpec()] * len(leaves))
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs_out, check_vma=False)(scores)

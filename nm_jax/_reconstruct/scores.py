@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax._model.gram import Gram
-from nm_jax._reconstruct.matrices import InputMoments, LayerMatrices
+from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices
 
 _DAMPING = 1e-2
 

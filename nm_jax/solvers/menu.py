@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.axes import Tiling
 from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
-from nm_jax.solvers._slabs import Solved, solve_matrices
+from nm_jax._core.sharding import partitioned, spec
+from nm_jax.solvers._slabs import solve_matrices
 from nm_jax.solvers.base import Solver
 from nm_jax.solvers.exact import Exact
 from nm_jax.solvers.flow import MinCostFlow
@@ -61,12 +63,18 @@ def solve(
     if partial == "error":
         for axis, size, tile in tiling.ragged:
             raise ValueError(f"the {axis} axis has size {size}, which {tile} does not divide; pass partial='pad'")
-    solved = _solve_matrix(scores, tiling, pattern, solver or default_solver(pattern))
-    if not isinstance(solved.nan, jax.core.Tracer) and bool(solved.nan):
+    mask, nan = _solve_matrix(scores, tiling, pattern, solver or default_solver(pattern))
+    if not isinstance(nan, jax.core.Tracer) and bool(nan):
         raise ValueError(f"{int(jnp.isnan(scores).sum())} scores are NaN; remove them before finding a mask")
-    return solved.mask
+    return mask
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _solve_matrix(scores, tiling: Tiling, pattern: Pattern, solver: Solver) -> Solved:
-    return solve_matrices([scores], [tiling], pattern, solver)[0]
+def _solve_matrix(scores, tiling: Tiling, pattern: Pattern, solver: Solver) -> tuple[Array, Array]:
+    """The mask, sharded as the scores are, and the number of tiles with NaN."""
+
+    def find(scores):
+        solved = solve_matrices([scores], [tiling], pattern, solver)[0]
+        return solved.mask, solved.nan
+
+    return partitioned(find, (spec(scores), PartitionSpec()), scores)

@@ -283,3 +283,27 @@ def test_a_sharded_model_is_converted_as_on_one_device(kind, images):
     for ours, theirs in zip(again.layers.layers, report.layers.layers, strict=True):
         assert ours.path == theirs.path and ours.rows == theirs.rows
         assert ours.after == pytest.approx(theirs.after, rel=1e-2)
+
+
+def test_arrays_with_explicit_axes_bring_their_mesh_along():
+    """Nobody has to set a mesh: `jax.make_mesh` has explicit axes by default, and arrays know theirs."""
+    the_mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:8])
+    w, x = jax.random.normal(jax.random.key(0), (64, 64)), jnp.ones((8, 64))
+    columns = {"kernel": jax.device_put(w, NamedSharding(the_mesh, P(None, "x")))}
+    whole = {"kernel": jax.device_put(w, NamedSharding(the_mesh, P()))}
+    batches = [jax.device_put(x, NamedSharding(the_mesh, P("x", None)))]
+
+    def apply(params, x):
+        return x @ params["kernel"]
+
+    masks = nm.compute_masks(columns, "2:4-T")
+    expected = nm.compute_masks({"kernel": w}, "2:4-T")
+    np.testing.assert_array_equal(masks["kernel"], expected["kernel"])
+    np.testing.assert_array_equal(nm.solve(abs(columns["kernel"]), "2:4-T"), expected["kernel"])
+    assert nm.verify(masks, "2:4-T").ok
+    assert nm.pattern_violations(columns, "2:4-T")[0].tiles == 1
+    tx = nm.sparse_training(optax.adamw(1e-3), "2:4-T", refresh_every=1)
+    updates, _ = jax.jit(tx.update)(columns, tx.init(columns), columns)
+    assert nm.verify(optax.apply_updates(columns, updates), "2:4-T").ok
+    _, report = nm.convert(apply, whole, "2:4-T", batches)
+    assert report.check.ok

@@ -13,7 +13,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nm_jax as nm
-from nm_jax._model.moments import Windows, product_moments, window_moments
+from nm_jax._model.gram._moments import product_moments
+from nm_jax._model.gram._patches import window_moments
+from nm_jax._model.tracing.windows import Windows
 
 TOLERANCE = 1e-5
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from nm_jax._model.moments import Windows
 from nm_jax._model.tracing.views import Dim, View
+from nm_jax._model.tracing.windows import Windows
 
 
 class Value(NamedTuple):

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from nm_jax._model.moments import Windows
 from nm_jax._model.tracing._jaxpr import Equation, Jaxpr, Literal, branches, called, loop, opened, shape_of
 from nm_jax._model.tracing.uses import Site, Tap, Use, Value
 from nm_jax._model.tracing.views import Dim, View, extent, moved, reshaped
+from nm_jax._model.tracing.windows import Windows
 
 
 class Walk:

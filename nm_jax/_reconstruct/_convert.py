@@ -26,7 +26,7 @@ from nm_jax._core.tables import aligned
 from nm_jax._masks.compute import Scores, compute_masks
 from nm_jax._masks.trees import fill, leaves_by_path
 from nm_jax._masks.verify import Report, verify
-from nm_jax._reconstruct.adaprune import PruneReport, adaprune
+from nm_jax._reconstruct._adaprune import PruneReport, adaprune
 from nm_jax.solvers import Solver
 
 

@@ -19,9 +19,10 @@ from jaxtyping import Array, PyTree
 
 from nm_jax._core.rules import LeafRules
 from nm_jax._core.sharding import partitioned
-from nm_jax._model.gram.layout import Layout, inner_loops, taps_of
-from nm_jax._model.gram.record import Gram
-from nm_jax._model.moments import Moments, product_moments, window_moments
+from nm_jax._model.gram._layout import Layout, inner_loops, taps_of
+from nm_jax._model.gram._moments import Moments, product_moments
+from nm_jax._model.gram._patches import window_moments
+from nm_jax._model.gram._record import Gram
 from nm_jax._model.tracing import Site, Tap, walk_model
 from nm_jax._model.tracing._jaxpr import Equation, Literal, Opened, bind, branches, called, loop
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from nm_jax._core.axes import check_axes
-from nm_jax._model.moments import product_moments
+from nm_jax._model.gram._moments import product_moments
 
 
 @functools.partial(

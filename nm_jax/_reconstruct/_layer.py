@@ -24,7 +24,7 @@ from nm_jax._core.axes import Tiling
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax._model.gram import Gram
-from nm_jax._reconstruct.matrices import InputMoments, LayerMatrices, sum_rows
+from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices, sum_rows
 
 Method: TypeAlias = Literal["pcg", "adam"]
 

@@ -1,85 +1,13 @@
-"""Second moments of activations: sums over rows of x x^T, of x and of 1, for products and for convolutions."""
+"""Second moments of the patches of a convolution, which are never all there at once."""
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
-
-class Moments(NamedTuple):
-    """Sums over rows x of one activation; leading dimensions are one entry per iteration of the loops around it.
-
-    Attributes:
-      h: of x x^T.
-      total: of x.
-      rows: of 1.
-    """
-
-    h: Float[Array, "*loops batch K K"]
-    total: Float[Array, "*loops batch K"]
-    rows: Float[Array, "*loops batch"]
-
-    @classmethod
-    def zeros(cls, loops: tuple[int, ...], batch: int, size: int) -> "Moments":
-        """The sums over no rows."""
-        shapes = (size, size), (size,), ()
-        return cls(*(jnp.zeros((*loops, batch, *shape), jnp.float32) for shape in shapes))
-
-
-class Windows(NamedTuple):
-    """The windows of a convolution over activations laid out as (images, *space, features), as XLA defines them."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    spread: tuple[int, ...]  # dilation of the activations (transposed convolutions)
-    dilation: tuple[int, ...]  # of the kernel
-    groups: int
-
-    def padded(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """Sizes of activations after spreading and padding."""
-        sizes = zip(space, self.spread, self.padding, strict=True)
-        return tuple((size - 1) * spread + 1 + sum(padding) for size, spread, padding in sizes)
-
-    def outputs(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """Sizes of the result, for activations that are padded already."""
-        sizes = zip(space, self.kernel, self.strides, self.dilation, strict=True)
-        return tuple((size - (k - 1) * dilation - 1) // stride + 1 for size, k, stride, dilation in sizes)
-
-
-def product_moments(
-    x: Num[Array, "..."],
-    contracted: tuple[int, ...],
-    batch: tuple[int, ...] = (),
-    keep: Bool[Array, "*rows"] | None = None,
-) -> Moments:
-    """The moments of the rows of an activation: all entries along `contracted`, one set per entry of `batch`.
-
-    Args:
-      x: activation.
-      contracted: dimensions that make up x, in this order.
-      batch: dimensions with moments of their own. The others hold the rows.
-      keep: which rows count, for the leading dimensions of rows.
-    """
-    free = [dim for dim in range(x.ndim) if dim not in contracted and dim not in batch]
-    x = lax.transpose(x.astype(jnp.float32), (*batch, *free, *contracted))
-    nb, nf = len(batch), len(free)
-    sizes = x.shape[:nb], x.shape[nb : nb + nf], x.shape[nb + nf :]
-    if keep is None:
-        count = jnp.float32(math.prod(sizes[1]))
-    else:
-        # `where`, and not a product: padding may hold NaN.
-        x = jnp.where(keep.reshape((1,) * nb + keep.shape + (1,) * (x.ndim - nb - keep.ndim)), x, 0)
-        count = jnp.sum(keep, dtype=jnp.float32) * math.prod(sizes[1][keep.ndim :])
-    rows = x.reshape(math.prod(sizes[0]), math.prod(sizes[1]), math.prod(sizes[2]))
-    return Moments(_outer(rows, rows), jnp.sum(rows, axis=1), jnp.full(rows.shape[0], count))
-
-
-def _outer(a: Float[Array, "batch rows K"], b: Float[Array, "batch rows L"]) -> Float[Array, "batch K L"]:
-    """sum over rows of a b^T, in float32 whatever the device prefers."""
-    return jnp.einsum("brk,brl->bkl", a, b, precision="highest")
+from nm_jax._model.gram._moments import Moments, outer
+from nm_jax._model.tracing.windows import Windows
 
 
 def window_moments(
@@ -180,7 +108,7 @@ def _sliding(x: Array, windows: Windows, outputs: tuple[int, ...]) -> tuple[Arra
 def _row_products(x: Array, rows: list[Array], windows: Windows) -> list[Array]:
     """sum over positions t of y[t] z[t]^T, where y are the patches of the first row and z those of each row."""
     ahead = [_by_group(_patch_row(x, row, windows)) for row in rows]
-    return jnp.split(_outer(ahead[0], jnp.concatenate(ahead, axis=-1)), len(rows), axis=-1)
+    return jnp.split(outer(ahead[0], jnp.concatenate(ahead, axis=-1)), len(rows), axis=-1)
 
 
 def _reach(windows: Windows) -> int:
@@ -199,7 +127,7 @@ def _shared_products(x: Array, rows: list[Array], windows: Windows) -> list[Arra
     first, all_lines = lines[0], jnp.concatenate(lines, axis=-1)
     features, end = first.shape[-1], first.shape[1] - reach  # `end` is the number of positions t
     around = _by_group(_side_by_side(first, 2 * kernel - 1, dilation))
-    shared = _outer(around, _by_group(all_lines[:, reach:end]))
+    shared = outer(around, _by_group(all_lines[:, reach:end]))
 
     # Patches at the last positions, then at the first: those that b has beside the shared ones are neighbours.
     ends = [_side_by_side(columns, kernel, dilation) for columns in (first[:, end - reach :], first[:, : 2 * reach])]
@@ -208,7 +136,7 @@ def _shared_products(x: Array, rows: list[Array], windows: Windows) -> list[Arra
     for b in range(kernel):
         shift, top = b * dilation, (kernel - 1 - b) * features
         columns = jnp.concatenate([all_lines[:, end : end + shift], all_lines[:, shift:reach]], axis=1)
-        at_ends = _outer(_by_group(patches[:, reach - shift : 2 * reach - shift]), _by_group(columns))
+        at_ends = outer(_by_group(patches[:, reach - shift : 2 * reach - shift]), _by_group(columns))
         blocks.append(jnp.split(shared[:, top : top + kernel * features] + at_ends, len(rows), axis=-1))
     return [jnp.concatenate(of_row, axis=-1) for of_row in zip(*blocks, strict=True)]
 
@@ -224,7 +152,7 @@ def _stepping(x: Array, windows: Windows, outputs: tuple[int, ...], keep: Array 
             kept = lax.dynamic_index_in_dim(keep, t, axis=1, keepdims=False).reshape(patches.shape[0], -1)
             patches = jnp.where(kept[:, :, None, None], patches, 0)
         rows = _by_group(patches)
-        return (h + _outer(rows, rows), total + jnp.sum(rows, axis=1)), None
+        return (h + outer(rows, rows), total + jnp.sum(rows, axis=1)), None
 
     size = math.prod(windows.kernel) * x.shape[-1]
     start = Moments.zeros((), windows.groups, size)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from nm_jax._core.rules import LeafRules, SparseLeaf
-from nm_jax._model.gram.record import Gram
-from nm_jax._model.moments import Moments
+from nm_jax._model.gram._moments import Moments
+from nm_jax._model.gram._record import Gram
 from nm_jax._model.tracing import LeafTrace, Site, Tap, Traced
 from nm_jax._model.tracing.views import Dim, extent
 

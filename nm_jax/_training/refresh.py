@@ -1,0 +1,117 @@
+"""When masks are found anew, and what that changed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nm_jax._core.rules import SparseLeaf
+from nm_jax._masks.compute import Scores
+from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
+from nm_jax._training.state import RefreshStats
+from nm_jax.solvers import Solver
+
+Masks = list[Bool[Array, "..."]]
+Weights = list[Float[Array, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """Finds masks of the dense weights at the start, and again when they are due.
+
+    Attributes:
+      every: updates between two refreshes; `None`: the masks of `begin_step` stay.
+      begin_step: updates before the first masks.
+      end_step: no refresh after this many updates.
+      solver: solver for every leaf; `None` takes the default for each pattern.
+      scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
+    """
+
+    every: int | None
+    begin_step: int
+    end_step: int | None
+    solver: Solver | None
+    scores: Scores | None
+
+    def start(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, RefreshStats]:
+        """The first masks, compiled as one; all True where there are dense updates before.
+
+        Raises:
+          ValueError: for NaN among concrete weights.
+        """
+        if self.begin_step > 0:
+            masks = [jnp.ones(leaf.shape, bool) for leaf in leaves]
+            return masks, _stats(masks, masks, dense, None)
+
+        @jax.jit
+        def find(dense):
+            masks, solved = self._find(leaves, dense)
+            return masks, _stats(masks, masks, dense, solved)
+
+        masks, stats = find(dense)
+        _raise_for_nan(leaves, stats)
+        return masks, stats
+
+    def __call__(
+        self, step: Int[Array, ""], leaves: Sequence[SparseLeaf], dense: Weights, masks: Masks, stats: RefreshStats
+    ) -> tuple[Masks, RefreshStats]:
+        """The masks and their statistics after update number `step`: new ones when they are due.
+
+        A loop of no turn or one: unlike the branches of `lax.cond`, it leaves masks that stay where they are (XLA would
+        copy them, twice, on every step). Nothing in it has a gradient; an update as a whole still does.
+        """
+        due = self._due(step)
+        if due is None or not leaves:
+            return masks, stats
+        frozen, stats = jax.lax.stop_gradient((dense, stats))
+
+        def find(carry):
+            _, old, _ = carry
+            found, solved = self._find(leaves, frozen)
+            return jnp.zeros((), bool), found, _stats(old, found, frozen, solved)
+
+        _, masks, stats = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats))
+        return masks, stats
+
+    def _due(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
+        """Whether masks are found after this update; `None` when they never are."""
+        if self.every is None:
+            return step == self.begin_step if self.begin_step > 0 else None
+        due = (step >= self.begin_step) & ((step - self.begin_step) % self.every == 0)
+        return due if self.end_step is None else due & (step <= self.end_step)
+
+    def _find(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, list[SolvedLeaf]]:
+        if self.scores is None:
+            solved = solve_leaves(leaves, dense, self.solver, transform=jnp.abs)
+        else:
+            solved = solve_leaves(leaves, [self.scores(weight) for weight in dense], self.solver)
+        return [s.mask for s in solved], solved
+
+
+def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | None) -> RefreshStats:
+    def each(function, *lists, dtype=jnp.float32):
+        return jnp.array([function(*items) for items in zip(*lists, strict=True)], dtype).reshape(-1)
+
+    def retained(mask, weight):
+        magnitude = jnp.abs(weight).astype(jnp.float32)
+        total = jnp.sum(magnitude)
+        return jnp.where(total > 0, jnp.sum(jnp.where(mask, magnitude, 0)) / jnp.where(total > 0, total, 1), 1)
+
+    proofs = [jnp.float32(-1) for _ in new] if solved is None else [s.gap for s in solved]
+    nans = [jnp.any(jnp.isnan(d)) for d in dense] if solved is None else [s.nan for s in solved]
+    return RefreshStats(
+        flip_rate=each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new),
+        retained=each(retained, new, dense),
+        gap=each(lambda gap: gap, proofs),
+        nan=each(lambda nan: nan, nans, dtype=bool),
+    )
+
+
+def _raise_for_nan(leaves: Sequence[SparseLeaf], stats: RefreshStats) -> None:
+    if isinstance(stats.nan, jax.core.Tracer):
+        return
+    for leaf, nan in zip(leaves, stats.nan, strict=True):
+        if nan:
+            raise ValueError(f"{leaf.path}: the parameter or its scores are NaN; check the initialisation")

@@ -1,0 +1,85 @@
+"""Training with masks that are found anew: SR-STE on a dense copy of every sparse weight."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from nm_jax._core.rules import Rules
+from nm_jax._training.inner import refuse_line_searches
+from nm_jax._training.refresh import Refresh
+from nm_jax._training.sparse_leaves import SparseLeaves
+from nm_jax._training.state import SparseTrainingState
+from nm_jax._training.straight_through import sr_ste_term
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """One sparse weight in an update.
+
+    Attributes:
+      param: what the model has now.
+      gradient: what the loop found there.
+      mask: True = kept.
+      dense: the dense weight behind it.
+    """
+
+    param: Float[Array, "*shape"]
+    gradient: Float[Array, "*shape"]
+    mask: Bool[Array, "*shape"]
+    dense: Float[Array, "*shape"]
+
+    def dense_gradient(self, decay: float) -> Float[Array, "*shape"]:
+        """The straight-through gradient, with the decay of what is pruned."""
+        gradient = self.gradient.astype(self.dense.dtype)
+        return gradient + sr_ste_term(self.dense, self.mask, decay) if decay else gradient
+
+    def change(self, mask: Bool[Array, "*shape"], dense: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """What takes the parameter to `mask * dense`, in its own dtype."""
+        return jnp.where(mask, dense.astype(self.param.dtype) - self.param, -self.param)
+
+
+def refreshed_mask(
+    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh, decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """`sparse_training` with masks that follow the dense weights.
+
+    Args:
+      inner: the optimiser of the dense weights.
+      rules: which leaves are sparse, and how.
+      partial: leaves whose sizes m does not divide.
+      refresh: finds the masks when they are due.
+      decay: strength of the SR-STE term.
+    """
+
+    def init(params):
+        sparse = SparseLeaves.of(params, rules, partial)
+        # Copies, never aliases of the parameters: the caller may donate both.
+        dense = [jnp.array(w, jnp.float32 if w.dtype.itemsize < 4 else w.dtype, copy=True) for w in sparse.take(params)]
+        masks, stats = refresh.start(sparse.leaves, dense)
+        inner_state = inner.init(sparse.put(params, dense))
+        refuse_line_searches(inner_state)
+        return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("sparse_training needs the parameters: call tx.update(grads, opt_state, params)")
+        sparse = SparseLeaves.of(params, rules, partial)
+        masks, stored = sparse.stored(state.masks, "masks"), sparse.stored(state.dense, "dense weights")
+        weights = [
+            _Weight(*parts) for parts in zip(sparse.take(params), sparse.take(updates), masks, stored, strict=True)
+        ]
+        step = state.step + 1
+
+        gradients = sparse.put(updates, [w.dense_gradient(decay) for w in weights])
+        changes, inner_state = inner.update(gradients, state.inner, sparse.put(params, stored), **extra_args)
+
+        moved = [(w.dense + u).astype(w.dense.dtype) for w, u in zip(weights, sparse.take(changes), strict=True)]
+        masks, stats = refresh(step, sparse.leaves, moved, masks, state.stats)
+        kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]
+        return sparse.put(changes, kept), SparseTrainingState(
+            step, sparse.only(masks), sparse.only(moved), stats, inner_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,97 @@
+"""What is found in a checkpoint."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+import nm_jax as nm
+from nm_jax.checkpoint._tensorfile import TensorFile
+from tests.checkpoint.cases import bits, normal
+
+
+def test_verify_sees_what_was_broken(model, tmp_path):
+    path, _ = model
+    nm.prune_checkpoint(path, tmp_path / "out", "2:4-T")
+    report = nm.verify_checkpoint(tmp_path / "out")
+    assert report.ok
+    assert "all have their pattern" in str(report)
+    with TensorFile(tmp_path / "out") as file:
+        entry = file.entries["layers.0.weight"]
+    pruned = load_file(tmp_path / "out")["layers.0.weight"]
+    row, column = np.argwhere(pruned == 0)[0]
+    with open(tmp_path / "out", "r+b") as file:
+        file.seek(entry.start + 4 * (24 * row + column))
+        file.write(np.float32(1e-30).tobytes())
+    report = nm.verify_checkpoint(tmp_path / "out")
+    assert not report.ok
+    assert {tensor.name: tensor.ok for tensor in report.tensors if not tensor.ok} == {"layers.0.weight": False}
+    assert report["layers.0.weight"].violations() == {"tiles": 1, "outside_mask": 0, "contraction": 1, "output": 1}
+    assert "VIOLATES 2:4-T" in str(report)
+
+
+def test_counts_of_groups(tmp_path):
+    """Against loops over the groups of a dense tensor with zeros at random."""
+    weight = normal(0, (12, 16)) * (np.random.default_rng(1).random((12, 16)) < 0.5)
+    save_file({"a.weight": weight}, tmp_path / "in")
+    (report,) = nm.verify_checkpoint(tmp_path / "in", "2:4-T").tensors
+    along = [[0] * 5, [0] * 5]  # contraction: dimension 1 of a PyTorch weight
+    for row, start in itertools.product(range(12), range(0, 16, 4)):
+        along[0][np.count_nonzero(weight[row, start : start + 4])] += 1
+    for start, column in itertools.product(range(0, 12, 4), range(16)):
+        along[1][np.count_nonzero(weight[start : start + 4, column])] += 1
+    assert report.checked.contraction == tuple(along[0])
+    assert report.checked.output == tuple(along[1])
+    violations = report.violations()
+    assert (violations["contraction"], violations["output"]) == (sum(along[0][3:]), sum(along[1][3:]))
+    assert report.record.kept == np.count_nonzero(weight)
+
+
+def test_verify_against_the_dense_checkpoint(model, tmp_path):
+    path, before = model
+    recorded = nm.prune_checkpoint(path, tmp_path / "out", "2:4-T")
+    compared = nm.verify_checkpoint(tmp_path / "out", "2:4-T", dense=path)
+    for tensor in compared.tensors:
+        magnitude = np.abs(before[tensor.name].astype(np.float64))
+        kept = bits(load_file(tmp_path / "out")[tensor.name]) != 0
+        share = magnitude[kept].sum() / magnitude.sum()
+        assert tensor.record.retained == pytest.approx(share, abs=2e-6)
+        assert tensor.record.retained == pytest.approx(recorded[tensor.name].record.retained, abs=2e-6)
+        of_unstructured = magnitude[kept].sum() / np.sort(magnitude, axis=None)[kept.size // 2 :].sum()
+        assert tensor.record.of_unstructured == pytest.approx(of_unstructured, abs=2e-6)
+        assert tensor.record.of_unstructured == pytest.approx(recorded[tensor.name].record.of_unstructured, abs=2e-6)
+
+
+def test_weights_outside_a_stored_mask(tmp_path):
+    save_file({"a.weight": normal(0, (8, 8))}, tmp_path / "in")
+    nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4-T", keep_masks=True)
+    with safetensors.safe_open(tmp_path / "out", "np") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "out")
+    mask = nm.load_checkpoint(tmp_path / "out")[1]["a.weight"]
+    tensors["a.weight"] = np.where(mask, 0, 1).astype(np.float32)  # what the mask prunes, and nothing else
+    save_file(tensors, tmp_path / "edited", metadata=metadata)
+    report = nm.verify_checkpoint(tmp_path / "edited")
+    assert not report.ok
+    assert report["a.weight"].violations()["outside_mask"] == 32
+
+
+def test_verify_needs_a_pattern(model):
+    with pytest.raises(ValueError, match="no pattern is recorded"):
+        nm.verify_checkpoint(model[0])
+
+
+def test_the_record_in_the_header(model, tmp_path):
+    rules = [("conv", None), ("odd", "2:4", "oi"), "2:4-T"]
+    nm.prune_checkpoint(model[0], tmp_path / "out", rules, partial="pad")
+    with safetensors.safe_open(tmp_path / "out", "np") as file:
+        record = json.loads(file.metadata()["nm_jax"])
+    assert record["rules"] == [["conv", None, None], ["odd", "2:4", "oi"], "2:4-T"]
+    assert {name: (r["pattern"], r["axes"]) for name, r in record["tensors"].items()} == {
+        "layers.0.weight": ("2:4-T", "oi"),
+        "params.Dense_0.kernel": ("2:4-T", "io"),
+        "odd.weight": ("2:4", "oi"),
+    }
