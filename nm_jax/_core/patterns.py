@@ -139,7 +139,15 @@ class TransposableNM(_Grouped):
     def _count(self, tiles, size, exact):
         del size
         if exact:
-            return _count_transposable(self.n, self.m, self.at_most) ** tiles
+            # Zeros and kept entries may change places, which counts faster when few are kept.
+            n = self.n if self.at_most else min(self.n, self.m - self.n)
+            states = math.comb(n + self.m, n) * ((n + 1) ** 2 if self.at_most else 1)
+            if states > _MOST_STATES:
+                raise ValueError(
+                    f"the masks of {self} are too many to be counted exactly; "
+                    "Eq. 2 (exact=False) is an upper bound where n are kept"
+                )
+            return _count_transposable(n, self.m, self.at_most) ** tiles
         if self.at_most:
             raise ValueError("Eq. 2 has no formula for at most n kept; ask for exact=True")
         zeros = self.m - self.n
@@ -156,6 +164,7 @@ class TransposableNM(_Grouped):
 
 
 _AT_MOST = "-at-most"
+_MOST_STATES = 50_000  # of a count that is over in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +279,9 @@ def mask_diversity(pattern: str | Pattern, shape: Sequence[int], exact: bool = F
 
     Returns:
       The count, a Python integer of any size.
+
+    Raises:
+      ValueError: for a shape that tiles do not fit, or masks that cannot be counted exactly in seconds (8:16-T).
     """
     pattern = parse_pattern(pattern)
     if len(shape) != 2 or min(shape) < 1:

@@ -1,6 +1,7 @@
 """Arrays in memory to a checkpoint, and back."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from nm_jax._masks.trees import leaves_by_path
 from nm_jax.checkpoint import _records as records
 from nm_jax.checkpoint._packed import encode, take
 from nm_jax.checkpoint._records import Record
-from nm_jax.checkpoint._store import Checkpoint, written_beside
+from nm_jax.checkpoint._store import Checkpoint, Tensor, written_beside
 from nm_jax.checkpoint._tensorfile import TensorWriter, dtype_name, header_size
 from nm_jax.checkpoint._tiles import broken_tiles
 
@@ -101,8 +102,9 @@ def load_checkpoint(path: str | os.PathLike, like: Any = None) -> tuple[PyTree[n
 
     Args:
       path: a safetensors file, the index of a sharded checkpoint, or a folder with one of them.
-      like: a tree with the structure and the paths that are wanted; its values do not matter. `None` gives dictionaries
-        by name.
+      like: a tree with the structure and the paths that are wanted; its leaves may be arrays, shapes
+        (`jax.eval_shape`), or anything. `None` gives dictionaries by name, without the tensors of dtypes that numpy
+        has not, of which a warning tells.
 
     Returns:
       `(params, masks)` on the host. A mask is `None` for a tensor that is not recorded as sparse, the stored mask where
@@ -110,23 +112,43 @@ def load_checkpoint(path: str | os.PathLike, like: Any = None) -> tuple[PyTree[n
 
     Raises:
       FormatError: if a file is damaged.
-      ValueError: if the checkpoint has no tensor for a path of `like`.
+      ValueError: if the checkpoint has no tensor for a path of `like`, or one of another shape.
       OSError: if a file cannot be read.
     """
+    checkpoint = Checkpoint(path)
+    if like is None:
+        return _read(checkpoint, [name for name, tensor in checkpoint.tensors.items() if _loadable(tensor)])
+    names = {name.replace(".", "/").removeprefix("params/"): name for name in checkpoint.tensors}
+    wanted = leaves_by_path(like)
+    if missing := [path for path in wanted if path not in names]:
+        raise ValueError(f"{path}: it has no tensor for {missing[0]}; its paths are {', '.join(list(names)[:12])}")
+    for leaf, value in wanted.items():
+        shape = checkpoint.tensors[names[leaf]].shape
+        if hasattr(value, "shape") and tuple(value.shape) != shape:
+            raise ValueError(
+                f"{path}: {names[leaf]!r} has the shape {shape}, and `like` wants {tuple(value.shape)} for {leaf}; "
+                "give the structure of the model that was saved"
+            )
+    params, masks = _read(checkpoint, [names[leaf] for leaf in wanted])
+    treedef: Any = jax.tree.structure(like, is_leaf=empty)
+    return treedef.unflatten(params.values()), treedef.unflatten(masks.values())
+
+
+def _loadable(tensor: Tensor) -> bool:
+    if tensor.loadable:
+        return True
+    warnings.warn(f"{tensor.name!r} is left out: numpy has no dtype {tensor.dtype}", stacklevel=3)
+    return False
+
+
+def _read(checkpoint: Checkpoint, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray | None]]:
+    """Tensors and their masks."""
     params: dict[str, np.ndarray] = {}
     masks: dict[str, np.ndarray | None] = {}
-    with Checkpoint(path) as checkpoint:
-        for name, tensor in checkpoint.tensors.items():
-            params[name], mask = tensor.read()
-            if tensor.record is not None and mask is None:
-                mask = nonzero(params[name])
-            masks[name] = mask
-    if like is None:
-        return params, masks
-    names = {name.replace(".", "/").removeprefix("params/"): name for name in params}
-    paths = list(leaves_by_path(like))
-    if missing := [path for path in paths if path not in names]:
-        raise ValueError(f"{path}: it has no tensor for {missing[0]}; its paths are {', '.join(list(names)[:12])}")
-    treedef: Any = jax.tree.structure(like, is_leaf=empty)
-    params, masks = (treedef.unflatten([table[names[path]] for path in paths]) for table in (params, masks))
+    for name in names:
+        tensor = checkpoint.tensors[name]
+        params[name], mask = tensor.read()
+        if tensor.record is not None and mask is None:
+            mask = nonzero(params[name])
+        masks[name] = mask
     return params, masks

@@ -66,6 +66,11 @@ class Tensor:
         return self.nbytes if self.record is None else self.record.size * records.PRUNABLE[self.dtype]
 
     @property
+    def loadable(self) -> bool:
+        """Whether numpy has its dtype."""
+        return self.record is not None or self.file.entries[self.name].numpy_dtype is not None
+
+    @property
     def copyable(self) -> bool:
         """Whether its stored bytes are its dense values."""
         return self.record is None or self.record.parts(self.name)[0] == self.name
@@ -88,7 +93,7 @@ class Tensor:
 
 
 class Checkpoint:
-    """A checkpoint, open for reading. Use it in a `with` statement.
+    """What is in a checkpoint. Its files are read when a tensor is, and none stays open.
 
     Args:
       path: a safetensors file, the index of a sharded checkpoint (`*.safetensors.index.json`), or a folder that holds
@@ -97,7 +102,7 @@ class Checkpoint:
     Attributes:
       path: what it was opened as.
       index: name and content of the index file; `None` without one.
-      files: the open files, in the order of their names.
+      files: its files, in the order of their names.
       tensors: all tensors, by name.
 
     Raises:
@@ -110,31 +115,22 @@ class Checkpoint:
         self.files: list[TensorFile] = []
         self.tensors: dict[str, Tensor] = {}
         self.index: tuple[str, dict[str, Any]] | None = None
-        try:
-            found = _find(self.path)
-            if found.name.endswith(".json"):
-                self.index = (found.name, _read_index(found))
-                names = sorted(set(self.index[1]["weight_map"].values()))
-            else:
-                names = [found.name]
-            for name in names:
-                self.files.append(TensorFile(found.parent / name))
-                self._add(self.files[-1])
-            self._check_names()
-        except BaseException:
-            self.close()
-            raise
+        found = _find(self.path)
+        if found.name.endswith(".json"):
+            self.index = (found.name, _read_index(found))
+            names = sorted(set(self.index[1]["weight_map"].values()))
+        else:
+            names = [found.name]
+        for name in names:
+            self.files.append(TensorFile(found.parent / name))
+            self._add(self.files[-1])
+        self._check_names()
 
     def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes its files."""
-        for file in self.files:
-            file.close()
+        """Nothing is open: a `with` statement says how long a checkpoint is used."""
 
     @property
     def records(self) -> dict[str, Record]:

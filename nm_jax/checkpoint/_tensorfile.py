@@ -7,6 +7,7 @@ asked for, and every claim of a header is checked before anything believes it.
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -34,6 +35,9 @@ _NUMPY: dict[str, Any] = {
     "I8": np.int8,
     "F8_E5M2": jnp.float8_e5m2,
     "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
     "U16": np.uint16,
     "I16": np.int16,
     "F16": np.float16,
@@ -48,13 +52,18 @@ _NUMPY: dict[str, Any] = {
 }
 _DTYPES = {name: np.dtype(kind) for name, kind in _NUMPY.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPES["F4"] = np.dtype(jnp.float4_e2m1fn)  # two to a byte in a file: read, and not written
 _MAX_HEADER = 100_000_000  # what the format allows
 _MAX_DIMENSIONS = 64  # what numpy allows
-_COPIED_AT_ONCE = 1 << 24
+_AT_ONCE = 1 << 24
 # What people mistake for a safetensors file, by its first bytes.
 _OTHER_FORMATS = {
     b"PK\x03\x04": "it is a zip archive, as torch.save writes: load it with torch and save it with safetensors.torch",
-    b"\x80\x02": "it is a pickle, as torch.save wrote: load it with torch and save it with safetensors.torch",
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "it is a pickle, as torch.save or pickle.dump writes: load it with what wrote it and save it as safetensors "
+        "(safetensors.torch, safetensors.numpy)",
+    ),
     b"\x89HDF": "it is an HDF5 file: load it with its framework and save it as safetensors",
     b"GGUF": "it is a GGUF file: prune the safetensors checkpoint that it was made from",
     b"version ": "it is a Git LFS pointer: fetch the file itself with `git lfs pull`",
@@ -122,7 +131,8 @@ def _no_constant(text: str) -> None:
 
 
 class TensorFile:
-    """A safetensors file, open for reading. Use it in a `with` statement.
+    """A safetensors file. It is opened when something is read, and closed again: a checkpoint may have more shards than
+    a process may have open files.
 
     Attributes:
       path: the file.
@@ -138,38 +148,28 @@ class TensorFile:
         self.path = Path(path)
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise FormatError(f"{path}: not a regular file; give the path of a safetensors file")
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        try:
-            self._size = os.fstat(self._file.fileno()).st_size
-            self.entries, self.metadata = self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        self._size = os.stat(path).st_size
+        with self._open() as file:
+            self.entries, self.metadata = self._read_header(file)
 
-    def __enter__(self) -> "TensorFile":
-        return self
+    def _open(self) -> io.FileIO:
+        return open(self.path, "rb", buffering=0)
 
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+    def _read_header(self, file: io.FileIO) -> tuple[dict[str, Entry], dict[str, str]]:
         start = bytearray(min(8, self._size))
-        self._fill(0, start)
+        self._fill(file, 0, start)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, self._size - 8):
             hint = next((hint for magic, hint in _OTHER_FORMATS.items() if start.startswith(magic)), None)
             hint = hint or "it is cut short, or in another format: copy or download it again"
             raise FormatError(f"{self.path}: not a safetensors file; {hint}")
         text = bytearray(length)
-        self._fill(8, text)
+        self._fill(file, 8, text)
         header = parse_json(bytes(text), f"{self.path}: the header")
         if not isinstance(header, dict):
             raise self._corrupt("its header is not a table of tensors")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(_is_text(text) for item in metadata.items() for text in item):
             raise self._corrupt("its metadata is not a table of strings")
         entries = [(name, self._entry(name, entry, 8 + length)) for name, entry in header.items()]
@@ -187,7 +187,7 @@ class TensorFile:
         """A checked entry; `data` is where the tensors' bytes begin."""
         if not _is_text(name):
             raise self._corrupt(f"the name {name!r} is not valid text")
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or not set(entry) >= {"dtype", "shape", "data_offsets"}:
             raise self._corrupt(f"the tensor {name!r} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
@@ -204,11 +204,11 @@ class TensorFile:
     def _corrupt(self, reason: str) -> FormatError:
         return FormatError(f"{self.path}: {reason}; the file is corrupt or cut short, copy or download it again")
 
-    def _fill(self, position: int, buffer: bytearray | memoryview) -> None:
+    def _fill(self, file: io.FileIO, position: int, buffer: bytearray | memoryview) -> None:
         view = memoryview(buffer)
-        self._file.seek(position)
+        file.seek(position)
         while view:
-            count = self._file.readinto(view)
+            count = file.readinto(view[:_AT_ONCE])  # a long read would not be interrupted
             if not count:
                 raise self._corrupt("it ended while it was read")
             view = view[count:]
@@ -223,17 +223,21 @@ class TensorFile:
         if entry.numpy_dtype is None:
             raise FormatError(f"{self.path}: numpy has no dtype for {name!r} ({entry.dtype}); it can only be copied")
         flat = np.empty(entry.nbytes, np.uint8)
-        self._fill(entry.start, flat.data)
+        with self._open() as file:
+            self._fill(file, entry.start, flat.data)
+        if _BITS[entry.dtype] == 4:  # the first of two is in the lower half
+            flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(-1)
         return flat.view(entry.numpy_dtype).reshape(entry.shape)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor, piece by piece, to copy them. A piece is valid until the next one is taken."""
         entry = self.entries[name]
-        buffer = memoryview(bytearray(min(_COPIED_AT_ONCE, entry.nbytes)))
-        for done in range(0, entry.nbytes, _COPIED_AT_ONCE):
-            piece = buffer[: entry.nbytes - done]
-            self._fill(entry.start + done, piece)
-            yield piece
+        buffer = memoryview(bytearray(min(_AT_ONCE, entry.nbytes)))
+        with self._open() as file:
+            for done in range(0, entry.nbytes, _AT_ONCE):
+                piece = buffer[: entry.nbytes - done]
+                self._fill(file, entry.start + done, piece)
+                yield piece
 
 
 def _is_sizes(values: Any) -> bool:
@@ -261,12 +265,18 @@ class TensorWriter:
       reserve: bytes reserved for the header (see `header_size`).
 
     Raises:
+      FormatError: if the format allows no header of this size.
       OSError: if the file exists, or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, reserve: int):
         self.entries: dict[str, Entry] = {}
         self._reserve = reserve
+        if reserve > _MAX_HEADER:
+            raise FormatError(
+                f"the header would have {reserve} bytes, and the format allows {_MAX_HEADER}: nobody could read the "
+                "file; shorten its metadata, or write it in more shards"
+            )
         self._position = 8 + reserve
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by `__exit__`)
         self._file.seek(self._position)

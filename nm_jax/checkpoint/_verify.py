@@ -44,12 +44,12 @@ def verify_checkpoint(
       OSError: if it cannot be read.
       ValueError: for rules that do not fit, or none where the checkpoint has no record.
     """
-    with Examination(path, rules, partial, dense) as examination:
-        reports = []
-        for seen in examination:
-            reports.append(seen.report)
-            progress(seen.report.name, seen.weight.nbytes)
-        return examination.report(reports)
+    examination = Examination(path, rules, partial, dense)
+    reports = []
+    for seen in examination:
+        reports.append(seen.report)
+        progress(seen.report.name, seen.weight.nbytes)
+    return examination.report(reports)
 
 
 class Seen(NamedTuple):
@@ -61,8 +61,7 @@ class Seen(NamedTuple):
 
 
 class Examination:
-    """Goes through the sparse tensors of a checkpoint. Use it in a `with` statement; arguments as in
-    `verify_checkpoint`."""
+    """Goes through the sparse tensors of a checkpoint; arguments as in `verify_checkpoint`."""
 
     def __init__(
         self,
@@ -71,26 +70,9 @@ class Examination:
         partial: str = "skip",
         dense: str | os.PathLike | None = None,
     ):
-        self._dense: Checkpoint | None = None
         self.checkpoint = Checkpoint(path)
-        try:
-            self.leaves = _recorded(self.checkpoint) if rules is None else self.checkpoint.resolve(rules, partial)
-            self._dense = None if dense is None else Checkpoint(dense)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Examination":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self.checkpoint.close()
-        if self._dense is not None:
-            self._dense.close()
+        self.leaves = _recorded(self.checkpoint) if rules is None else self.checkpoint.resolve(rules, partial)
+        self._dense = None if dense is None else Checkpoint(dense)
 
     def sparse(self) -> list[Tensor]:
         """The tensors that it goes through."""

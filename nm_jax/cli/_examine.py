@@ -11,11 +11,11 @@ def examine(
     file: str, rules: Any, partial: str, dense: str | None, see: Callable[[Any], None] = lambda seen: None
 ) -> Any:
     """The report on a checkpoint; `see` is shown each tensor."""
-    with checkpoint.Examination(file, rules, partial, dense) as examination:
-        reports = []
-        with progress("reading", sum(tensor.nbytes for tensor in examination.sparse())) as advance:
-            for seen in examination:
-                reports.append(seen.report)
-                see(seen)
-                advance(seen.report.name, seen.weight.nbytes)
-        return examination.report(reports)
+    examination = checkpoint.Examination(file, rules, partial, dense)
+    reports = []
+    with progress("reading", sum(tensor.nbytes for tensor in examination.sparse())) as advance:
+        for seen in examination:
+            reports.append(seen.report)
+            see(seen)
+            advance(seen.report.name, seen.weight.nbytes)
+    return examination.report(reports)

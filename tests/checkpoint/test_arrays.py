@@ -64,3 +64,13 @@ def test_load_names_what_is_missing(tmp_path):
     nm.save_checkpoint(tmp_path / "model", params, "2:4-T")
     with pytest.raises(ValueError, match="no tensor for Dense_9/kernel; its paths are Dense_0/bias"):
         nm.load_checkpoint(tmp_path / "model", like={"Dense_9": {"kernel": 0}})
+
+
+def test_load_checks_shapes(tmp_path):
+    params, _ = trained()
+    nm.save_checkpoint(tmp_path / "model", params, "2:4-T")
+    like = {"Dense_0": {"kernel": jnp.zeros((8, 17))}}
+    with pytest.raises(ValueError, match=r"'Dense_0/kernel' has the shape \(8, 16\), and `like` wants \(8, 17\)"):
+        nm.load_checkpoint(tmp_path / "model", like=like)
+    loaded, _ = nm.load_checkpoint(tmp_path / "model", like=jax.eval_shape(lambda: params))
+    np.testing.assert_array_equal(loaded["params"]["Dense_0"]["bias"], params["params"]["Dense_0"]["bias"])

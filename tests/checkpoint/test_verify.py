@@ -19,8 +19,7 @@ def test_verify_sees_what_was_broken(model, tmp_path):
     report = nm.verify_checkpoint(tmp_path / "out")
     assert report.ok
     assert "all have their pattern" in str(report)
-    with TensorFile(tmp_path / "out") as file:
-        entry = file.entries["layers.0.weight"]
+    entry = TensorFile(tmp_path / "out").entries["layers.0.weight"]
     pruned = load_file(tmp_path / "out")["layers.0.weight"]
     row, column = np.argwhere(pruned == 0)[0]
     with open(tmp_path / "out", "r+b") as file:

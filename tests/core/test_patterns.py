@@ -129,3 +129,13 @@ def test_allows_and_full_by_enumeration(pattern):
     assert np.asarray(pattern.allows(stacked)).tolist() == [bool(allowed(tile)) for tile in kept]
     assert np.asarray(pattern.full(stacked)).tolist() == [bool(full(tile)) for tile in kept]
     assert any(full(tile) for tile in kept)
+
+
+@pytest.mark.parametrize("pattern", ["8:16-T", "16:32-T", "8:16-T-at-most"])
+def test_counts_that_would_take_for_ever_are_refused(pattern):
+    with pytest.raises(ValueError, match="too many to be counted exactly"):
+        nm.mask_diversity(pattern, (32, 32), exact=True)
+
+
+def test_counting_the_zeros_counts_the_same():
+    assert nm.mask_diversity("3:4-T", (4, 4), exact=True) == nm.mask_diversity("1:4-T", (4, 4), exact=True) == 24
