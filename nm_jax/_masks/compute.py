@@ -60,7 +60,7 @@ def compute_masks(
     if not return_report:
         return tree
     rows = [
-        dataclasses.replace(report_leaf(leaf, s.mask, weight), nan=s.nan, gap=s.gap)
+        dataclasses.replace(report_leaf(leaf, s.mask, weight), nan=s.nan, proof=s.proof)
         for leaf, s, weight in zip(sparse, solved, weights, strict=True)
     ]
     return tree, Report(rows, dense_leaves(leaves))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from nm_jax._core.axes import Tiling
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import SparseLeaf
-from nm_jax.solvers import Solved, Solver, default_solver, solve_matrices
+from nm_jax.solvers import Proof, Solved, Solver, default_solver, solve_matrices
 
 
 @jax.tree_util.register_dataclass
@@ -32,16 +32,15 @@ class SolvedLeaf:
     Attributes:
       mask: True = kept, in the shape of the leaf.
       nan: whether its scores had NaN.
-      gap: how far its objective is from the proved optimum, relative to the objective; 0 is proved optimal (up to the
-        grid of the solver), -1 means that the solver gives no proof.
+      proof: what is proved of all its tiles.
     """
 
     mask: Bool[Array, "..."]
     nan: Bool[Array, ""]
-    gap: Float[Array, ""]
+    proof: Proof
 
 
-class _How(NamedTuple):
+class _Solve(NamedTuple):
     """Static configuration of a solve."""
 
     solver: Solver | None
@@ -74,18 +73,13 @@ def solve_leaves(
     for members, solve in ((tiled, _solve_where_they_are), (whole, _solve_here)):
         if members:
             chosen = tuple(leaves[k] for k in members)
-            masks, sums = solve(chosen, _How(solver, transform), [scores[k] for k in members])
-            solved |= {k: SolvedLeaf(*parts) for k, parts in zip(members, _judge(masks, sums), strict=True)}
+            masks, sums = solve(chosen, _Solve(solver, transform), [scores[k] for k in members])
+            for k, mask, (*proof, nan) in zip(members, masks, sums, strict=True):
+                solved[k] = SolvedLeaf(mask, nan > 0, Proof(*proof))
     return [solved[k] for k in range(len(leaves))]
 
 
-def _judge(masks, sums):
-    for mask, (gap, objective, nan) in zip(masks, sums, strict=True):
-        relative = gap / jnp.maximum(objective, jnp.finfo(jnp.float32).tiny)
-        yield mask, nan > 0, jnp.where(gap > 0, relative, jnp.where(gap < 0, -1.0, 0.0))
-
-
-def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _How, scores: list[Array]):
+def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: list[Array]):
     """`_solve_here` on every device's own part of the leaves."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return _solve_here(leaves, how, scores)
@@ -106,8 +100,8 @@ def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _How, scores: lis
     return list(flat[: len(leaves)]), list(flat[len(leaves) :])
 
 
-def _solve_here(leaves: tuple[SparseLeaf, ...], how: _How, scores: Sequence[Array]):
-    """Masks, and for each leaf [summed gap (below 0: no proof), summed |objective|, number of tiles with NaN]."""
+def _solve_here(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: Sequence[Array]):
+    """Masks, and for each leaf what is summed over its tiles: the fields of its proof, and how many have NaN."""
     groups: dict[Pattern, list[int]] = {}
     for k, leaf in enumerate(leaves):
         groups.setdefault(leaf.pattern, []).append(k)
@@ -119,7 +113,7 @@ def _solve_here(leaves: tuple[SparseLeaf, ...], how: _How, scores: Sequence[Arra
         found = solve_matrices([scores[k] for k in members], tilings, pattern, solver, how.transform)
         solved |= dict(zip(members, found, strict=True))
     ordered = [solved[k] for k in range(len(leaves))]
-    return [s.mask for s in ordered], [jnp.stack([s.gap, s.objective, s.nan]) for s in ordered]
+    return [s.mask for s in ordered], [jnp.stack([*s.proof, s.nan]) for s in ordered]
 
 
 # ------------------------------------------------------------------------------------------------------- sharding
@@ -162,7 +156,7 @@ def _aligned(leaf: SparseLeaf, spec: PartitionSpec, mesh) -> PartitionSpec:
 
 
 @functools.cache
-def _partitioned(leaves: tuple[SparseLeaf, ...], how: _How):
+def _partitioned(leaves: tuple[SparseLeaf, ...], how: _Solve):
     """`_solve_here` as an operation that the partitioner of `jit` runs on each device's part of its arguments."""
     count = len(leaves)
 

@@ -15,12 +15,13 @@ from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
 from nm_jax._core.sharding import partitioned
 from nm_jax._core.tables import aligned
 from nm_jax._masks.trees import dense_leaves, leaves_by_path
+from nm_jax.solvers import Proof
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     meta_fields=("leaf",),
-    data_fields=("ok", "kept", "contraction", "output", "retained", "against_unstructured", "nan", "gap"),
+    data_fields=("ok", "kept", "contraction", "output", "retained", "against_unstructured", "nan", "proof"),
 )
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
@@ -36,7 +37,7 @@ class LeafReport:
       against_unstructured: the same, relative to the unstructured mask that keeps as many entries (the paper's
         Fig. 3b).
       nan: whether the scores of the mask had NaN (from `compute_masks`).
-      gap: relative distance to the proved optimum, 0 = optimal, -1 = no proof (from `compute_masks`).
+      proof: what is proved of the mask (from `compute_masks`).
     """
 
     leaf: SparseLeaf
@@ -47,7 +48,7 @@ class LeafReport:
     retained: Float[Array, ""] | None = None
     against_unstructured: Float[Array, ""] | None = None
     nan: Bool[Array, ""] | None = None
-    gap: Float[Array, ""] | None = None
+    proof: Proof | None = None
 
     def cells(self) -> dict[str, str]:
         """The row as it is printed."""
@@ -63,9 +64,9 @@ class LeafReport:
         remarks = [] if self.ok else [f"VIOLATES {pattern}"]
         if self.nan is not None and self.nan:
             remarks.append("scores had NaN")
-        if self.gap is not None and self.gap >= 0:
-            remarks.append("optimal, proved" if self.gap == 0 else f"within {float(self.gap):.1e} of the optimum")
-        return cells | {"remark": ", ".join(remarks)}
+        if self.proof is not None:
+            remarks.append(self.proof.remark())
+        return cells | {"remark": ", ".join(filter(None, remarks))}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("rows",), meta_fields=("dense",))

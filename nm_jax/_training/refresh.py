@@ -11,7 +11,7 @@ from nm_jax._core.rules import SparseLeaf
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._training.state import RefreshStats
-from nm_jax.solvers import Solver
+from nm_jax.solvers import Proof, Solver
 
 Masks = list[Bool[Array, "..."]]
 Weights = list[Float[Array, "..."]]
@@ -99,12 +99,12 @@ def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | No
         total = jnp.sum(magnitude)
         return jnp.where(total > 0, jnp.sum(jnp.where(mask, magnitude, 0)) / jnp.where(total > 0, total, 1), 1)
 
-    proofs = [jnp.float32(-1) for _ in new] if solved is None else [s.gap for s in solved]
+    proofs = [Proof.none(jnp.float32(0)) for _ in new] if solved is None else [s.proof for s in solved]
     nans = [jnp.any(jnp.isnan(d)) for d in dense] if solved is None else [s.nan for s in solved]
     return RefreshStats(
         flip_rate=each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new),
         retained=each(retained, new, dense),
-        gap=each(lambda gap: gap, proofs),
+        proof=Proof(*[each(lambda proof, k=k: proof[k], proofs) for k in range(len(Proof._fields))]),
         nan=each(lambda nan: nan, nans, dtype=bool),
     )
 

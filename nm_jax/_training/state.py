@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from nm_jax.solvers import Proof
+
 
 class RefreshStats(NamedTuple):
     """What the last refresh did: one entry per sparse leaf, in the order of the tree's leaves.
@@ -11,13 +13,13 @@ class RefreshStats(NamedTuple):
     Attributes:
       flip_rate: fraction of mask entries that it changed.
       retained: share of the l1 norm of the dense weights that the mask keeps.
-      gap: relative distance to the proved optimum; 0 = proved optimal, -1 = the solver gives no proof.
+      proof: what is proved of the masks.
       nan: whether the dense weights had NaN.
     """
 
     flip_rate: Float[Array, " leaves"]
     retained: Float[Array, " leaves"]
-    gap: Float[Array, " leaves"]
+    proof: Proof
     nan: Bool[Array, " leaves"]
 
 

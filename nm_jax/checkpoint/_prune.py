@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -182,7 +181,7 @@ class _Job:
             kept,
             share(found.retained, found.total),
             share(found.retained, largest_sum(weight, kept)),
-            found.gap and records.rounded_up(found.gap / max(found.retained, sys.float_info.min)),
+            records.rounded_up(float(found.proof.relative_gap)) if found.proof.proved else None,
         )
         return _Mask(weight, found.mask, record)
 

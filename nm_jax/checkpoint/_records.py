@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
 from nm_jax._core.axes import check_axes
 from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
 from nm_jax._core.rules import Rule, Rules, SparseLeaf, parse_rules
 from nm_jax.checkpoint._tensorfile import FormatError, parse_json
+from nm_jax.solvers import Proof
 
 KEY = "nm_jax"
 Layout: TypeAlias = Literal["dense", "dense+mask", "values+mask", "values+positions"]
@@ -56,6 +58,11 @@ class Record:
     retained: float | None = None
     of_unstructured: float | None = None
     gap: float | None = None
+
+    @property
+    def proof(self) -> Proof:
+        """The gap as a proof; JSON has `null` for none."""
+        return Proof(*map(jnp.float32, (self.gap is None, self.gap or 0, 0, 1)))
 
     @property
     def size(self) -> int:

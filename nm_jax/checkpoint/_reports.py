@@ -78,7 +78,7 @@ class TensorReport:
             kept=jnp.asarray(record.kept / max(record.size, 1)),
             retained=_optional(record.retained),
             against_unstructured=_optional(record.of_unstructured),
-            gap=_optional(record.gap),
+            proof=record.proof,
         )
         if checked is None or not checked.contraction:
             return row

@@ -18,7 +18,7 @@ from nm_jax._core.axes import Tiling
 from nm_jax._core.nonzero import as_bits
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import SparseLeaf
-from nm_jax.solvers import Solver
+from nm_jax.solvers import Proof, Solver
 
 _CHUNK = 1 << 18  # entries of a chunk
 
@@ -31,13 +31,13 @@ class Found:
       mask: True = kept.
       retained: l1 norm of what is kept.
       total: l1 norm of all.
-      gap: summed distance to the proved optimum; `None` from solvers that give no proof.
+      proof: what is proved of all its tiles.
     """
 
     mask: Bool[np.ndarray, "..."]
     retained: float
     total: float
-    gap: float | None
+    proof: Proof
 
 
 def find_mask(weight: Float[np.ndarray, "..."], leaf: SparseLeaf, solver: Solver) -> Found:
@@ -51,7 +51,7 @@ def find_mask(weight: Float[np.ndarray, "..."], leaf: SparseLeaf, solver: Solver
     valid = cut.tiles(np.ones(weight.shape, bool)) if leaf.tiling.ragged else None
     parts = [_solve(solver, leaf.pattern, _scores(chunk), shown) for chunk, shown in _chunks(tiles, valid)]
     parts = jax.device_get(parts)
-    masks, retained, totals, nans, gaps = zip(*parts, strict=True)
+    masks, retained, totals, nans, proofs = zip(*parts, strict=True)
     if any(nans):
         raise ValueError("it holds NaN")
     mask = np.concatenate(masks, axis=2)[:, :, : tiles.shape[2]]
@@ -59,7 +59,7 @@ def find_mask(weight: Float[np.ndarray, "..."], leaf: SparseLeaf, solver: Solver
         cut.leaf(mask),
         float(np.sum(retained, dtype=np.float64)),
         float(np.sum(totals, dtype=np.float64)),
-        None if gaps[0] is None else float(np.sum(gaps, dtype=np.float64)),
+        jax.tree.map(lambda *sums: np.sum(sums, dtype=np.float64), *proofs),
     )
 
 
@@ -72,9 +72,7 @@ def _scores(tiles: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve(solver: Solver, pattern: Pattern, scores: Array, valid: Array | None):
     solution = solver(scores, pattern, valid)
-    certificate = solution.certificate
-    gap = None if certificate is None else jnp.sum(certificate.gap * certificate.unit)
-    return solution.mask, jnp.sum(solution.objective), jnp.sum(scores), jnp.any(solution.nan), gap
+    return solution.mask, jnp.sum(solution.objective), jnp.sum(scores), jnp.any(solution.nan), solution.proof.total()
 
 
 def broken_tiles(kept: Bool[np.ndarray, "..."], leaf: SparseLeaf) -> int:

@@ -1,8 +1,8 @@
 """Solvers: tiles of scores in, masks out. One algorithm, one file."""
 
+from nm_jax.solvers._proof import Proof as Proof
 from nm_jax.solvers._slabs import Solved as Solved
 from nm_jax.solvers._slabs import solve_matrices as solve_matrices
-from nm_jax.solvers.base import Certificate as Certificate
 from nm_jax.solvers.base import Solution as Solution
 from nm_jax.solvers.base import Solver as Solver
 from nm_jax.solvers.exact import Exact as Exact

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.axes import Tiling
 from nm_jax._core.patterns import Pattern
-from nm_jax.solvers.base import Solution, Solver, blank, check_scores
+from nm_jax.solvers._proof import Proof
+from nm_jax.solvers.base import Solver, blank, check_scores
 
 _SLAB_ENTRIES = 1 << 20  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
 
@@ -28,14 +30,12 @@ class Solved:
 
     Attributes:
       mask: True = kept, in the shape of the matrix.
-      gap: sum over tiles of dual bound minus objective; minus infinity from solvers that give no proof.
-      objective: sum over tiles of the absolute objective.
+      proof: of all its tiles.
       nan: number of tiles with NaN among their scores.
     """
 
     mask: Bool[Array, "..."]
-    gap: Float[Array, ""]
-    objective: Float[Array, ""]
+    proof: Proof
     nan: Float[Array, ""]
 
 
@@ -59,8 +59,8 @@ def solve_matrices(
     Raises:
       ValueError: for scores that are not floating point.
 
-    Temporary memory: one byte per entry, 9 per tile, the pool of matrices that are smaller than a slab (or padded), and
-    a slab.
+    Temporary memory: one byte per entry, 17 per tile, the pool of matrices that are smaller than a slab (or padded),
+    and a slab.
     """
     for score in scores:
         check_scores(score)
@@ -72,16 +72,7 @@ def solve_matrices(
 
 def _solve_at_once(scores, tiling: Tiling, pattern, solver) -> Solved:
     solution = solver(tiling.split(scores), pattern, tiling.valid())
-    gap, objective, nan = _totals(solution)
-    return Solved(tiling.join(solution.mask), jnp.sum(gap), jnp.sum(objective), jnp.sum(nan))
-
-
-def _totals(solution: Solution) -> tuple[Array, Array, Array]:
-    """Gap, absolute objective and NaN flag of each tile, as floats."""
-    objective = jnp.abs(solution.objective).astype(jnp.float32)
-    certificate = solution.certificate
-    gap = jnp.full_like(objective, -jnp.inf) if certificate is None else certificate.gap * certificate.unit
-    return gap, objective, solution.nan.astype(jnp.float32)
+    return Solved(tiling.join(solution.mask), solution.proof.total(), jnp.sum(solution.nan, dtype=jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,16 +180,18 @@ class _Slabs:
             begin = functools.reduce(jnp.maximum, [jnp.where(k >= begin, begin, 0) for begin in begins])
             tiles, valid = jax.lax.switch(which, readers, k - begin)
             solution = solver(tiles, pattern, valid)
-            found = (solution.mask, *_totals(solution))
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(whole, part, k * self.size, whole.ndim - 1)
-                for whole, part in zip(carry, found, strict=True)
+            found = (solution.mask, solution.proof, solution.nan)
+            return jax.tree.map(
+                lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, k * self.size, whole.ndim - 1),
+                carry,
+                found,
             )
 
         total = slabs * self.size
         empty = (
             blank((self.rows, self.cols, total), bool, self.like),
-            *[blank((total,), jnp.float32, self.like) for _ in range(3)],
+            Proof(*[blank((total,), self.dtype, self.like) for _ in Proof._fields]),
+            blank((total,), bool, self.like),
         )
         found = jax.lax.fori_loop(0, slabs, slab, empty)
         return self._collect(found)
@@ -214,18 +207,24 @@ class _Slabs:
         )
 
     def _collect(self, found) -> list[Solved]:
-        solved = {}
-        slab = 0
+        """The parts of each matrix, out of the pieces of all: trees of (..., tiles)."""
+        parts: dict[int, Any] = {}
+
+        def cut(start: int, shape: tuple[int, ...]):
+            """`math.prod(shape)` tiles of all that was found, in this shape."""
+            return jax.tree.map(
+                lambda x: x[..., start : start + math.prod(shape)].reshape(*x.shape[:-1], *shape), found
+            )
+
+        start = 0
         for k, large in self.large.items():
-            part = [x[..., slab * self.size : (slab + large.count) * self.size] for x in found]
-            parts = [large.gather(x.reshape(*x.shape[:-1], large.count, self.size)) for x in part]
-            solved[k] = parts
-            slab += large.count
-        start = slab * self.size
+            shape = (large.count, self.size)
+            parts[k] = jax.tree.map(large.gather, cut(start, shape))
+            start += math.prod(shape)
         for k, count in self.pooled.items():
-            solved[k] = [x[..., start : start + count].reshape(*x.shape[:-1], *self._counts(k)) for x in found]
+            parts[k] = cut(start, self._counts(k))
             start += count
         return [
-            Solved(tiling.join(mask), jnp.sum(gap), jnp.sum(objective), jnp.sum(nan))
-            for tiling, (mask, gap, objective, nan) in ((self.tilings[k], solved[k]) for k in range(len(self.tilings)))
+            Solved(tiling.join(mask), proof.total(), jnp.sum(nan, dtype=jnp.float32))
+            for tiling, (mask, proof, nan) in ((self.tilings[k], parts[k]) for k in range(len(self.tilings)))
         ]

@@ -13,22 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.patterns import Pattern
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """How far from the optimum a mask can be, proved by a dual solution.
-
-    Exact solvers work on scores rounded to a fixed-point grid of their own for each tile.
-
-    Attributes:
-      gap: dual bound minus objective of each tile, in units of the grid. 0 proves that the mask is optimal.
-      unit: spacing of the grid of each tile.
-    """
-
-    gap: Int[Array, "*tiles"]
-    unit: Float[Array, "*tiles"]
+from nm_jax.solvers._proof import Proof
 
 
 @jax.tree_util.register_dataclass
@@ -40,20 +25,13 @@ class Solution:
       mask: True where an entry is kept.
       objective: sum of the kept scores of each tile (of the finite ones).
       nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
-      certificate: proof of optimality or the gap; `None` from solvers that give no proof.
+      proof: what is proved of each tile.
     """
 
     mask: Bool[Array, "rows cols *tiles"]
     objective: Float[Array, "*tiles"]
     nan: Bool[Array, "*tiles"]
-    certificate: Certificate | None = None
-
-    @property
-    def bound(self) -> Float[Array, "*tiles"] | None:
-        """Upper bound on the objective of any mask of the tile, on the certificate's grid; `None` without one."""
-        if self.certificate is None:
-            return None
-        return self.objective + self.certificate.gap * self.certificate.unit
+    proof: Proof
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +50,11 @@ class Solver(abc.ABC):
     @abc.abstractmethod
     def solve(
         self, scores: Float[Array, "rows cols *tiles"], pattern: Pattern
-    ) -> tuple[Bool[Array, "rows cols *tiles"], Certificate | None]:
-        """The mask of every tile, for float32 or float64 scores of a supported pattern.
+    ) -> tuple[Bool[Array, "rows cols *tiles"], Proof | None]:
+        """The mask of every tile, for float32 or float64 scores of a supported pattern, and what is proved of it.
 
-        Scores may hold infinities and NaN: `replace_nonfinite` makes them finite."""
+        Scores may hold infinities and NaN: `replace_nonfinite` makes them finite. A solver without a bound proves
+        nothing and says `None`; with one it says `unproved`, `gap` and `rounding`, the scale is filled in."""
 
     def __call__(
         self,
@@ -109,10 +88,12 @@ def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
     nan = _nan_tiles(scores)
     if valid is not None:
         scores = jnp.where(valid, scores, jnp.nan)  # padding counts as the lowest score of its tile
-    mask, certificate = solver.solve(scores, pattern)
+    mask, proof = solver.solve(scores, pattern)
     if valid is not None:
         mask = mask & valid
-    return Solution(mask, _objective(mask, scores), nan, certificate)
+    objective = _objective(mask, scores)
+    proof = Proof.none(objective) if proof is None else proof
+    return Solution(mask, objective, nan, proof._replace(scale=jnp.abs(objective)))
 
 
 def _nan_tiles(scores: Float[Array, "rows cols *tiles"]) -> Bool[Array, "*tiles"]:

@@ -45,11 +45,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.patterns import TransposableNM
-from nm_jax.solvers.base import Certificate, Solver, blank, replace_nonfinite
+from nm_jax.solvers._proof import Proof
+from nm_jax.solvers.base import Solver, blank, replace_nonfinite
 
 _MAX_M = 32  # a row of a mask is one int32
 _FAR = 1 << 30  # longer than any path, and twice that still fits
 _SATURATED = (1 << 30) - 1
+_SMALLEST = -149  # exponent of the smallest float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Exact(Solver):
     the sign when there are negative ones and exactly n are kept); the mask is optimal on that grid for all scores, ties
     included. Dual coordinate descent solves most blocks, shortest augmenting paths the rest (see the module).
 
-    Certificate: the gap is 0 for every block.
+    Proof: the gap is 0 for every block.
 
     Cost: on two CPU cores millions of blocks of 2:4 and 4:8 per second, half a million of 8:16 and 100,000 of 16:32.
     Blocks of few different values take longer, 11,000 a second at 16:32 on binary scores: prices cannot tell tied
@@ -81,19 +83,29 @@ class Exact(Solver):
     def solve(self, scores, pattern):
         tiles = scores.shape[2:]
         blocks = scores.astype(jnp.float32).reshape(pattern.m, pattern.m, math.prod(tiles))
-        bits, gap, unit = _solve_blocks(blocks, pattern, self.chunk or _CHUNK)
+        bits, gap, exponent = _solve_blocks(blocks, pattern, self.chunk or _CHUNK)
         mask = _unpack(bits).reshape(scores.shape)
-        return mask, Certificate(gap.reshape(tiles), unit.reshape(tiles))
+        return mask, _proof(gap.reshape(tiles), exponent.reshape(tiles), pattern)
+
+
+def _proof(gap: Int[Array, "*tiles"], exponent: Int[Array, "*tiles"], pattern: TransposableNM) -> Proof:
+    """From a gap in units of the grid. What is not 0 stays above 0 however small the unit is."""
+    unit = jnp.maximum(_power_of_two(exponent), jnp.finfo(jnp.float32).tiny)
+    nothing = jnp.zeros_like(unit)
+    # Half a unit for each entry that this mask keeps, and for each that the true optimum keeps; none on the grid of
+    # the smallest subnormal, where all floats are.
+    rounding = jnp.where(exponent == _SMALLEST, 0, pattern.n * pattern.m * unit)
+    return Proof(nothing, gap.astype(jnp.float32) * unit, rounding, nothing)
 
 
 def _solve_blocks(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chunk: int):
-    """Row bitmasks (m, blocks), gaps (blocks,) and grid units (blocks,): one slab of blocks after another."""
+    """Row bitmasks (m, blocks), gaps and exponents of the grid (blocks,): one slab of blocks after another."""
     m, blocks = pattern.m, scores.shape[2]
     word = jnp.uint8 if m <= 8 else jnp.uint16 if m <= 16 else jnp.uint32
     bits = blank((m, blocks), word, scores)
-    gap, unit = blank((blocks,), jnp.int32, scores), blank((blocks,), jnp.float32, scores)
+    gap, exponent = (blank((blocks,), jnp.int32, scores) for _ in range(2))
     if not blocks:
-        return bits, gap, unit
+        return bits, gap, exponent
 
     def solve_slab(start, size, carry):
         slab = lax.dynamic_slice_in_dim(scores, start, size, axis=2)
@@ -103,7 +115,7 @@ def _solve_blocks(scores: Float[Array, "m m blocks"], pattern: TransposableNM, c
             lax.dynamic_update_slice_in_dim(x, y, start, x.ndim - 1) for x, y in zip(carry, found, strict=True)
         )
 
-    return _in_pieces(blocks, max(_SLAB_ENTRIES // m**2, chunk), solve_slab, (bits, gap, unit))
+    return _in_pieces(blocks, max(_SLAB_ENTRIES // m**2, chunk), solve_slab, (bits, gap, exponent))
 
 
 def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chunk: int):
@@ -112,10 +124,10 @@ def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chu
 
     def descend(start, size, carry):
         finite = replace_nonfinite(lax.dynamic_slice_in_dim(scores, start, size, axis=2))
-        grid, unit = _quantise(finite, pattern)
+        grid, exponent = _quantise(finite, pattern)
         u, v = _descend(grid, pattern)
         bits, solved = _threshold(grid, u, v, pattern)
-        found = (grid, bits, v, unit, solved)
+        found = (grid, bits, v, exponent, solved)
         return tuple(
             lax.dynamic_update_slice_in_dim(x, y, start, x.ndim - 1) for x, y in zip(carry, found, strict=True)
         )
@@ -124,10 +136,10 @@ def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chu
         blank(scores.shape, jnp.int32, scores),
         blank((m, blocks), jnp.int32, scores),
         blank((m, blocks), jnp.int32, scores),
-        blank((blocks,), jnp.float32, scores),
+        blank((blocks,), jnp.int32, scores),
         blank((blocks,), bool, scores),
     )
-    grid, bits, v, unit, solved = _in_pieces(blocks, chunk, descend, empty)
+    grid, bits, v, exponent, solved = _in_pieces(blocks, chunk, descend, empty)
 
     width = min(_REPAIR_ROWS // m, blocks)
     count = jnp.sum(~solved, dtype=jnp.int32)
@@ -144,7 +156,7 @@ def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chu
 
     start = (jnp.int32(0), bits, blank((blocks,), jnp.int32, scores))
     _, bits, gap = lax.while_loop(lambda carry: carry[0] * width < count, repair, start)
-    return bits, gap, unit
+    return bits, gap, exponent
 
 
 _SLAB_ENTRIES = 1 << 21  # of a slab: phase 2 needs enough blocks at a time to fill its chunks
@@ -176,8 +188,8 @@ def _fraction_bits(m: int) -> int:
 
 def _quantise(
     scores: Float[Array, "m m blocks"], pattern: TransposableNM
-) -> tuple[Int[Array, "m m blocks"], Float[Array, " blocks"]]:
-    """Scores in units of the grid of their block, rounded to nearest, and that unit.
+) -> tuple[Int[Array, "m m blocks"], Int[Array, " blocks"]]:
+    """Scores in units of the grid of their block, rounded to nearest, and the exponent of the unit, a power of two.
 
     Integer arithmetic on the bits of the floats: floating-point operations may flush subnormal numbers to zero. What
     is kept at most n times never has a negative score: there negative scores become -1, whatever their size.
@@ -222,7 +234,7 @@ def _quantise(
         return lax.dynamic_update_index_in_dim(grid, row, i, 0)
 
     grid = lax.fori_loop(0, m, to_grid, blank(scores.shape, jnp.int32, scores))
-    return grid, _power_of_two(exponent - 150 - finer)
+    return grid, exponent - 150 - finer
 
 
 def _power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

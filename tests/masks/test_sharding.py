@@ -81,7 +81,7 @@ def test_the_report_of_sharded_leaves(kind):
         sharded = jax.device_put(params, shardings(the_mesh, P("x", "y")))
         _, report = jax.jit(lambda p: nm.compute_masks(p, RULES, return_report=True))(sharded)
     assert str(report) == str(expected)
-    assert "optimal, proved" in str(report)
+    assert re.search(r"optimal to \de-0\d, proved", str(report))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

@@ -120,8 +120,9 @@ def test_objective_is_the_sum_of_kept_scores(solver, pattern):
     kept = np.where(np.asarray(solution.mask), np.asarray(scores, np.float64), 0).sum((0, 1))
     np.testing.assert_allclose(solution.objective, kept, rtol=1e-5, atol=1e-5)
     assert not solution.nan.any()
-    if solution.bound is not None:
-        assert (solution.bound >= solution.objective).all()
+    np.testing.assert_array_equal(solution.proof.scale, np.abs(solution.objective))
+    assert (solution.proof.gap >= 0).all()
+    assert solution.proof.proved.all() == isinstance(solver, solvers.Exact)
 
 
 @pairs(optimal, enumerable)
