@@ -57,7 +57,7 @@ from ._reconstruct._adaprune import PruneReport as PruneReport
 from ._reconstruct._adaprune import adaprune as adaprune
 from ._reconstruct._adaprune import reconstruct_layers as reconstruct_layers
 from ._reconstruct._layer import Reconstruction as Reconstruction
-from ._reconstruct._layer import absorb_mean as absorb_mean
+from ._reconstruct._absorb_mean import absorb_mean as absorb_mean
 from ._reconstruct._layer import output_error as output_error
 from ._reconstruct._layer import reconstruct as reconstruct
 from ._reconstruct.scores import obc as obc

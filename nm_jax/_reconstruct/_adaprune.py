@@ -16,7 +16,8 @@ from nm_jax._masks.apply import apply_masks
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax._model.gram import Gram, gram
 from nm_jax._model.tracing import trace
-from nm_jax._reconstruct._layer import Method, Reconstruction, output_error, reconstruct
+from nm_jax._reconstruct._layer import Reconstruction, output_error, reconstruct
+from nm_jax._reconstruct._least_squares import Method
 
 Order: TypeAlias = Literal["parallel", "sequential"]
 

@@ -6,35 +6,25 @@ it needs of them is the Gram matrix H = X^T X (`nm_jax.gram`):
     ||X W - X V||^2 = tr((W - V)^T H (W - V)),
 
 one least squares problem per output, all with the same H and each with its own support. Conjugate gradients solve them
-together: one product with H for all outputs is one matrix product. The bias fix needs no inputs at all.
+together: one product with H for all outputs is one matrix product.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from nm_jax._core.axes import Tiling
-from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax._model.gram import Gram
-from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices, sum_rows
+from nm_jax._reconstruct._least_squares import Method, Minimiser, adam, conjugate_gradients
+from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices
 
-Method: TypeAlias = Literal["pcg", "adam"]
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-_BURST = 8  # iterations between two looks at the convergence
-_TOLERANCE = 3e-4  # share of the objective that a burst must gain for another one to follow
 _PCG_ITERATIONS = 400
 _ADAM_ITERATIONS = 1000  # the paper's
-_RIDGE = 0.3  # times K / rows of inputs, within these bounds
-_RIDGE_BOUNDS = (1e-3, 0.3)
 
 
 @jax.tree_util.register_dataclass
@@ -55,16 +45,6 @@ class Reconstruction:
     before: Float[Array, ""]
     after: Float[Array, ""]
     iterations: Int[Array, ""]
-
-
-class _How(NamedTuple):
-    """Static configuration of a reconstruction."""
-
-    method: Method
-    iterations: int
-    ridge: float | None
-    centred: bool
-    learning_rate: float
 
 
 def reconstruct(
@@ -92,7 +72,8 @@ def reconstruct(
         every output, and the weights only what remains.
       centred: leave the mean of the output's change out of the error although no bias is given, because something that
         follows removes it, such as a batch norm that is tuned afterwards. `None`: exactly when there is a bias.
-      ridge: how strongly the new weights are pulled toward the dense ones. `None`: 0.3 * K / rows of inputs, between
+      ridge: how strongly the new weights are pulled toward the dense ones, relative to the mean of diag H (of the
+        inputs without their mean, where that of the change does not count). `None`: 0.3 * K / rows of inputs, between
         1e-3 and 0.3, which lowers the error on other inputs when there are few.
       method: `"pcg"`, conjugate gradients preconditioned by diag H until nothing is gained any more; or `"adam"`, what
         the paper does, which has neither ridge nor centring.
@@ -126,12 +107,12 @@ def reconstruct(
         raise ValueError("the Gram matrices are not finite; look for NaN or infinities in the calibration inputs")
     if iterations is None:
         iterations = _PCG_ITERATIONS if method == "pcg" else _ADAM_ITERATIONS
-    how = _How(method, iterations, ridge, bias is not None if centred is None else centred, learning_rate)
+    how = Minimiser(method, iterations, ridge, bias is not None if centred is None else centred, learning_rate)
     return _reconstruct(w, total, grams if method == "adam" else [], mask, bias, layer, how)
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "how"))
-def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) -> Reconstruction:
+def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: Minimiser) -> Reconstruction:
     one = PartitionSpec()
     specs = (spec(w), None if bias is None else spec(bias), one, one, one)
     return Reconstruction(
@@ -139,17 +120,17 @@ def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: _How) 
     )
 
 
-def _on_matrices(layer: LayerMatrices, how: _How, w, gram, samples, mask, bias):
+def _on_matrices(layer: LayerMatrices, how: Minimiser, w, gram, samples, mask, bias):
     """The fields of a `Reconstruction`."""
     moments = InputMoments.of(gram)
     dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask != 0)
     masked = jnp.where(kept, dense, 0)
     if how.method == "pcg":
-        new, iterations = _conjugate_gradients(dense, kept, moments, how)
+        new, iterations = conjugate_gradients(dense, kept, moments, how)
     else:
-        new, iterations = _adam(dense, kept, jnp.stack([record.h for record in samples]), how)
+        new, iterations = adam(dense, kept, jnp.stack([record.h for record in samples]), how)
     new = new.astype(w.dtype).astype(jnp.float32)  # judged as it is returned, rounded
-    zero = jnp.zeros((dense.shape[0], dense.shape[2]))
+    zero = jnp.zeros_like(dense[:, 0])
     # The mean of a change counts, unless something that follows removes it.
     unchanged = None if bias is None and how.centred else zero
     before, constant = moments.error(masked - dense, unchanged), unchanged
@@ -164,70 +145,6 @@ def _on_matrices(layer: LayerMatrices, how: _How, w, gram, samples, mask, bias):
     bias = None if bias is None else jnp.where(better, moved, old_bias).reshape(bias.shape)
     after = jnp.where(better, after, before)
     return weight, bias, moments.relative(before, energy), moments.relative(after, energy), iterations
-
-
-def _conjugate_gradients(dense, kept, moments: InputMoments, how: _How):
-    """Weights on the support, and the number of iterations."""
-    h = moments.centred if how.centred else moments.h
-    automatic = jnp.clip(_RIDGE * h.shape[1] / moments.rows, *_RIDGE_BOUNDS)
-    ridge = (automatic if how.ridge is None else jnp.full_like(automatic, how.ridge))[:, :, None]
-    diagonal = jnp.diagonal(h, axis1=1, axis2=2)[:, :, None] + ridge
-    preconditioner = jnp.where(kept & (diagonal > 0), 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
-
-    def curvature(direction):
-        return _matmul(h, direction) + ridge * direction
-
-    def step(_, state):
-        new, residual, direction, slope, gained = state
-        steepest = preconditioner * residual
-        steeper = sum_rows(residual * steepest)[:, None]
-        direction = steepest + _ratio(steeper, slope) * direction
-        bent = curvature(direction)
-        length = _ratio(steeper, sum_rows(direction * bent)[:, None])
-        residual = residual - jnp.where(kept, length * bent, 0)
-        gained = gained + jnp.sum(length * steeper, axis=(1, 2))
-        return new + length * direction, residual, direction, steeper, gained
-
-    def burst(state):
-        new, direction, slope, _, _, iterations = state
-        # The residual anew: rounding errors creep into the one that is updated.
-        pull = curvature(dense - new)
-        objective = jnp.sum((dense - new) * pull, axis=(1, 2))
-        start = (new, jnp.where(kept, pull, 0), direction, slope, jnp.zeros_like(objective))
-        new, _, direction, slope, gained = jax.lax.fori_loop(0, _BURST, step, start)
-        return new, direction, slope, gained, objective, iterations + _BURST
-
-    def unfinished(state):
-        *_, gained, objective, iterations = state
-        return jnp.any(gained > _TOLERANCE * objective) & (iterations < how.iterations)
-
-    start = jnp.where(kept, dense, 0)
-    nothing, one = jnp.zeros((dense.shape[0], 1, dense.shape[2])), jnp.ones(dense.shape[0])
-    first = (start, jnp.zeros_like(start), nothing, one, 0 * one, jnp.int32(0))
-    new, *_, iterations = jax.lax.while_loop(unfinished, burst, first)
-    return new, iterations
-
-
-def _ratio(part, whole):
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
-
-
-def _adam(dense, kept, h: Float[Array, "samples matrices K K"], how: _How):
-    """The paper's way: Adam on the squared error of one batch of inputs after another."""
-    scale = jnp.mean(jnp.diagonal(h, axis1=2, axis2=3), axis=(0, 2))[None, :, None, None]
-    h = h / jnp.where(scale > 0, scale, 1)
-    optimiser = optax.adam(how.learning_rate * jnp.sqrt(jnp.mean(dense**2)))
-    drawn = jax.random.randint(jax.random.key(0), (how.iterations,), 0, len(h))
-
-    def step(state, k):
-        new, moments = state
-        gradient = jnp.where(kept, _matmul(h[k], new - dense), 0)
-        updates, moments = optimiser.update(gradient, moments)
-        return (new + updates, moments), None
-
-    start = jnp.where(kept, dense, 0)
-    (new, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), drawn)
-    return new, jnp.int32(how.iterations)
 
 
 @functools.partial(jax.jit, static_argnames="centred")
@@ -263,44 +180,7 @@ def output_error(
 def _measure(layer: LayerMatrices, centred: bool, w, new, gram, bias_change) -> Float[Array, ""]:
     moments = InputMoments.of(gram)
     dense, change = layer.split(w.astype(jnp.float32)), layer.split(new.astype(jnp.float32) - w.astype(jnp.float32))
-    zero = jnp.zeros((dense.shape[0], dense.shape[2]))
+    zero = jnp.zeros_like(dense[:, 0])
     constant = zero if bias_change is None else bias_change.astype(jnp.float32).reshape(zero.shape)
     energy = moments.error(dense, None if centred else zero)
     return moments.relative(moments.error(change, None if centred else constant), energy)
-
-
-def absorb_mean(
-    w: Float[Array, "..."], mask: Bool[Array, "..."], pattern: str | Pattern, axes: str = "io"
-) -> Float[Array, "..."]:
-    """The paper's bias fix: the kept weights of every group take up the mean of the pruned ones.
-
-    v = s * (w + sum of the pruned weights of the group / number of the kept), which keeps the sum of every group
-
-    Args:
-      w: dense weights.
-      mask: True = kept.
-      pattern: gives the size m of a group.
-      axes: axes of `w` (`nm_jax.axes`).
-
-    Returns:
-      Weights like `w`, exact zeros outside the mask. A group that keeps nothing stays zero. Needs no calibration
-      inputs; works under `jit`, `vmap` and `grad`. It often raises the error of a layer: look before you use it.
-
-    Raises:
-      ValueError: when shapes do not fit, or for a pattern without groups.
-
-    Source: Section 5, "Fixing pruning bias using mean absorption".
-    """
-    tile = parse_pattern(pattern).tile
-    if tile is None:
-        raise ValueError(f"{pattern} has no groups whose mean could be absorbed; use an n:m pattern")
-    if jnp.shape(mask) != jnp.shape(w):
-        raise ValueError(f"the mask has shape {jnp.shape(mask)}, the weights have {jnp.shape(w)}")
-    return partitioned(functools.partial(_absorb, Tiling(jnp.shape(w), axes, tile[0], 1)), spec(w), w, mask)
-
-
-def _absorb(tiling: Tiling, w, mask) -> Float[Array, "..."]:
-    groups, kept = tiling.split(w.astype(jnp.float32)), tiling.split(mask)
-    pruned = jnp.sum(jnp.where(kept, 0, groups), axis=0, keepdims=True)
-    share = pruned / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True), 1)
-    return tiling.join(jnp.where(kept, groups + share, 0)).astype(w.dtype)

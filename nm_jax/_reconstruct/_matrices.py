@@ -66,7 +66,7 @@ class LayerMatrices(NamedTuple):
 
 def sum_rows(x: Float[Array, "matrices K outputs"]) -> Float[Array, "matrices outputs"]:
     """Sums over K, as a product: on CPUs jax 0.10 takes longer over such a reduction than over a product with H."""
-    return jnp.einsum("k,mko->mo", jnp.ones(x.shape[1]), x, precision="highest")
+    return jnp.einsum("k,mko->mo", jnp.ones(x.shape[1], x.dtype), x, precision="highest")
 
 
 class InputMoments(NamedTuple):
@@ -78,6 +78,8 @@ class InputMoments(NamedTuple):
       mean: of the rows, such that h = centred + mean mean^T.
       unit: what a constant added to an output is in the units of `mean`.
       rows: of X, at least one.
+      spread: the mean diagonal of `centred`.
+      noise: what may be wrong in `centred`: the rounding of entries that are large beside their spread.
       weight: the unit of each matrix relative to the largest, to add up what is in different ones.
     """
 
@@ -86,6 +88,8 @@ class InputMoments(NamedTuple):
     mean: Float[Array, "matrices K 1"]
     unit: Float[Array, "matrices 1"]
     rows: Float[Array, "matrices 1"]
+    spread: Float[Array, "matrices 1"]
+    noise: Float[Array, "matrices 1"]
     weight: Float[Array, "matrices 1"]
 
     @classmethod
@@ -97,7 +101,11 @@ class InputMoments(NamedTuple):
         scale = jnp.where(scale > 0, scale, 1)
         h = h / scale[:, :, None]
         mean = (gram.total.astype(jnp.float32) / jnp.sqrt(rows * scale))[:, :, None]
-        return cls(h, h - mean * mean.mT, mean, jnp.sqrt(rows / scale), rows, scale / jnp.max(scale))
+        centred = h - mean * mean.mT
+        eps = jnp.finfo(jnp.float32).eps
+        spread = jnp.maximum(jnp.mean(jnp.diagonal(centred, axis1=1, axis2=2), axis=1, keepdims=True), eps)
+        noise = eps * sum_rows(mean**2)
+        return cls(h, centred, mean, jnp.sqrt(rows / scale), rows, spread, noise, scale / jnp.max(scale))
 
     def shift(self, change: Float[Array, "matrices K outputs"]) -> Float[Array, "matrices outputs"]:
         """What a change of the weights adds to every output, on average."""

@@ -72,7 +72,7 @@ def obc(w: Float[Array, "..."], gram: Gram, damping: float = _DAMPING) -> Float[
 
 def _obc(layer: LayerMatrices, damping: float, w, gram: Gram) -> Float[Array, "..."]:
     moments = InputMoments.of(gram)
-    identity = jnp.broadcast_to(jnp.eye(moments.h.shape[1]), moments.h.shape)
+    identity = jnp.broadcast_to(jnp.eye(moments.h.shape[1], dtype=moments.h.dtype), moments.h.shape)
     factor = jnp.linalg.cholesky(moments.h + damping * identity)
     inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
     uncertainty = jnp.sum(inverse**2, axis=1)[:, :, None]

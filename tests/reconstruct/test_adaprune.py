@@ -1,0 +1,110 @@
+"""Whole models, layer by layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nm_jax as nm
+
+
+def network():
+    """Two hidden layers with biases on plain dicts, and inputs."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = (12, 16, 16, 4)
+    params = {
+        f"layer{k}": {"kernel": jax.random.normal(keys[k], sizes[k : k + 2]) / 4, "bias": jnp.full(sizes[k + 1], 0.1)}
+        for k in range(3)
+    }
+    return params, jax.random.normal(keys[3], (5, 40, 12)) + 0.5
+
+
+def hidden(layer, x):
+    return jax.nn.relu(x @ layer["kernel"] + jnp.broadcast_to(layer["bias"], (*x.shape[:-1], layer["bias"].size)))
+
+
+def apply(params, x):
+    for layer in params.values():
+        x = hidden(layer, x)
+    return x
+
+
+def inputs_of(params, path, x):
+    """The rows that a layer sees."""
+    for name, layer in params.items():
+        if name == path:
+            return np.asarray(x.reshape(-1, x.shape[-1]))
+        x = hidden(layer, x)
+
+
+RULES = [("layer[01]/kernel", "2:4-T")]
+
+
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
+def test_a_model_is_pruned_layer_by_layer(order):
+    params, x = network()
+    masks = nm.compute_masks(params, RULES)
+    seen = []
+    new, report = nm.adaprune(apply, params, masks, list(x), order=order, held_out=list(x), on_layer=seen.append)
+    assert seen == list(report.layers) and [row.path for row in seen] == ["layer0/kernel", "layer1/kernel"]
+    assert nm.verify(new, RULES).ok
+    for leaf in ("kernel", "bias"):
+        assert new["layer2"][leaf] is params["layer2"][leaf]
+    for row in report.layers:
+        name = row.path.split("/")[0]
+        rows = inputs_of(params if order == "parallel" else new, name, x)
+        target = rows @ np.asarray(params[name]["kernel"])
+        change = rows @ np.asarray(new[name]["kernel"]) - target
+        change += np.asarray(new[name]["bias"] - params[name]["bias"])
+        assert row.after == pytest.approx(float(np.sum(change**2) / np.sum(target**2)), rel=1e-2)
+        assert row.after < row.before and row.rows == 200 and row.bias
+        if order == "parallel":
+            assert row.held_out_after == pytest.approx(row.after, rel=1e-3)
+            assert row.held_out_before == pytest.approx(row.before, rel=1e-3)
+    assert "layer1/kernel" in str(report) and report["layer0/kernel"] is report.layers[0]
+
+
+def test_a_model_without_its_biases_and_some_of_its_layers():
+    params, x = network()
+    masks = nm.compute_masks(params, RULES)
+    for order in ("parallel", "sequential"):
+        new, report = nm.adaprune(apply, params, masks, [x], leaves="layer1", biases=False, order=order)
+        np.testing.assert_array_equal(new["layer0"]["kernel"], params["layer0"]["kernel"] * masks["layer0"]["kernel"])
+        assert new["layer1"]["bias"] is params["layer1"]["bias"]
+        assert report["layer0/kernel"].after is None and "masked only" in str(report)
+
+
+def test_adam_on_a_model():
+    params, x = network()
+    new, report = nm.adaprune(apply, params, nm.compute_masks(params, RULES), list(x), method="adam", iterations=200)
+    assert nm.verify(new, RULES).ok
+    assert all(row.after < row.before and row.iterations == 200 for row in report.layers)
+
+
+def test_a_model_with_padded_rows():
+    params, x = network()
+    masks = nm.compute_masks(params, RULES)
+    keep = jnp.arange(40)[None] < jnp.array([40, 3, 20, 5, 1])[:, None]
+    poisoned = jnp.where(keep[..., None], x, 1e4)
+    _, report = nm.adaprune(apply, params, masks, [poisoned], row_mask=lambda _: keep)
+    assert report.layers[0].rows == int(keep.sum())
+    rows = np.asarray(x)[np.asarray(keep)]
+    target = rows @ params["layer0"]["kernel"]
+    before = rows @ (params["layer0"]["kernel"] * masks["layer0"]["kernel"]) - target
+    assert report.layers[0].before == pytest.approx(float(np.sum(before**2) / np.sum(target**2)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"order": "backwards"}, "'parallel' or 'sequential'"),
+        ({"leaves": "elsewhere"}, "nothing to reconstruct"),
+        ({"batches": [jnp.full((40, 12), jnp.nan)]}, "layer0/kernel: the Gram matrices are not finite"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_an_error(change, message):
+    params, x = network()
+    options = {"batches": [x]} | change
+    with pytest.raises(ValueError, match=message):
+        nm.adaprune(apply, params, nm.compute_masks(params, RULES), options.pop("batches"), **options)

@@ -1,0 +1,71 @@
+"""Statistics of batch norm against those of all rows, by numpy in double precision."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nm_jax as nm
+
+
+class Normed(nn.Module):
+    momentum: float = 0.99
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+        return nn.Dense(3)(x)
+
+
+def updater(model, params):
+    def update(stats, *inputs):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, *inputs, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return update
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_batch_norm_gets_the_moments_of_all_batches(momentum):
+    draw = np.random.default_rng(0)
+    batches = [jnp.asarray(draw.normal(k, 1 + k, size=(size, 4)), jnp.float32) for k, size in enumerate((40, 40, 10))]
+    model = Normed(momentum)
+    variables = model.init(jax.random.key(0), batches[0])
+    tuned = nm.tune_batch_norm(updater(model, variables["params"]), variables["batch_stats"], batches)
+    rows = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(tuned["norm"]["mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tuned["norm"]["var"], rows.var(axis=0), rtol=1e-3)
+
+
+def test_batch_norm_of_an_nnx_model():
+    draw = np.random.default_rng(0)
+    batches = [jnp.asarray(draw.normal(k, 1 + k, size=(20, 4)), jnp.float32) for k in range(3)]
+    model = nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    graph, stats, others = nnx.split(model, nnx.BatchStat, ...)
+
+    def update(stats, x):
+        copy = nnx.merge(graph, stats, others)
+        copy.train()
+        copy(x)
+        return nnx.state(copy, nnx.BatchStat)
+
+    nnx.update(model, nm.tune_batch_norm(update, stats, batches))
+    rows = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(model.layers[0].mean[...], rows.mean(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.layers[0].var[...], rows.var(axis=0), rtol=1e-3)
+
+
+def test_batch_norm_tuning_says_what_is_wrong():
+    model = Normed()
+    x = jnp.ones((4, 4))
+    variables = model.init(jax.random.key(0), x)
+    update, stats = updater(model, variables["params"]), variables["batch_stats"]
+    with pytest.raises(ValueError, match="batches is empty"):
+        nm.tune_batch_norm(update, stats, [])
+    with pytest.raises(ValueError, match="does not move"):
+        nm.tune_batch_norm(lambda stats, x: stats, stats, [x])
+    assert nm.tune_batch_norm(update, stats | {"steps": 7}, [x])["steps"] == 7
+    with pytest.raises(ValueError, match="'mean' and 'var'"):
+        nm.tune_batch_norm(lambda stats, x: stats, {"norm": {"scale": x}}, [x])
