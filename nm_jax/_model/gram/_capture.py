@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.rules import LeafRules
 from nm_jax._core.sharding import partitioned
-from nm_jax._model.gram._layout import Layout, inner_loops, taps_of
+from nm_jax._model._batches import argument_tuples
+from nm_jax._model._compiled import Arrays, Skeleton, kept_with_function
+from nm_jax._model.gram._layout import Layout, chosen_paths, inner_loops, taps_of
 from nm_jax._model.gram._moments import Moments, product_moments
 from nm_jax._model.gram._patches import window_moments
 from nm_jax._model.gram._record import Gram
@@ -39,7 +40,8 @@ def gram(
     Args:
       apply: the model's forward pass, `apply(params, *inputs)`, in evaluation mode; its result is not used.
       params: parameters.
-      batches: tuples of inputs (anything else is a single input), as `apply` takes them; the last may be smaller.
+      batches: tuples of inputs (anything else is a single input), as `apply` takes them; the last may be smaller. Not
+        a bare array, and not a tuple of arrays, of which it cannot be told whether they are one batch or several.
       leaves: regular expressions of paths, of which a parameter must match one; or a plan, whose sparse leaves are
         meant. `None`: every parameter that is contracted in one way, has an output axis and gives a Gram matrix.
       row_mask: which rows count, with the shape of the leading dimensions of the activations, such as (batch, length)
@@ -58,22 +60,27 @@ def gram(
 
     Cost: one forward pass and 2 K^2 FLOPs per row of every distinct input; a fifth of that for a 3 x 3 convolution
     without strides. Memory: 4 K^2 bytes per matrix, beside what a forward pass takes; patches of a convolution are
-    never there at once (of a one-dimensional one they are). Every shape of a batch is traced and compiled once per
-    call, with donated sums; parameters and inputs may be sharded over a mesh. Sums are in float32 at the
-    highest precision whatever the model computes in. Not for use inside `jit`.
+    never there at once (of a one-dimensional one they are). Every shape of a batch is compiled once, with donated sums,
+    and that is kept as long as `apply` lives: it must be pure, as for `jax.jit`. Parameters and inputs may be sharded
+    over a mesh. Sums are in float32 at the highest precision whatever the model computes in. Goes through the batches
+    once: a generator will do. Not for use inside `jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> def apply(params, x):
+      ...     return jnp.maximum(x @ params["a"], 0) @ params["b"]
+      >>> params = {"a": jnp.eye(4), "b": jnp.ones((4, 2))}
+      >>> batches = (jnp.arange(4.0 * k).reshape(k, 4) for k in (3, 5))
+      >>> grams = nm.gram(apply, params, batches)
+      >>> grams["b"].h.shape, grams["b"].contraction, int(grams["b"].rows[0])
+      ((1, 4, 4), 'io', 8)
     """
-    flat, treedef = jax.tree.flatten(params)
-    arrays = {k: leaf for k, leaf in enumerate(flat) if isinstance(leaf, Array | np.ndarray)}
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(sums, arrays, inputs, keep):
-        filled = treedef.unflatten([arrays.get(k, leaf) for k, leaf in enumerate(flat)])
-        return _add_batch(apply, leaves, sums, filled, inputs, keep)
-
+    skeleton, arrays = Skeleton.of(params)
+    capture = _capture(apply, skeleton, chosen_paths(params, leaves))
     masks = row_mask if row_mask is None or callable(row_mask) else iter(row_mask)
     sums, layout = None, None
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+    for inputs in argument_tuples(batches):
         keep = None
         if masks is not None:
             keep = masks(*inputs) if callable(masks) else next(masks, None)
@@ -81,23 +88,46 @@ def gram(
                 raise ValueError("row_mask has fewer arrays than there are batches; give one per batch")
             keep = jnp.asarray(keep) != 0
         if layout is None:
-            layout = Layout.of(walk_model(apply, params, inputs), params, leaves)
+            layout = capture.layout(arrays, inputs)
             sums = layout.zeros()
-        sums = step(sums, arrays, inputs, keep)
+        sums = capture.add(sums, arrays, inputs, keep)
     if layout is None or sums is None:
         raise ValueError("batches is empty; a Gram matrix needs at least one")
     return layout.records(params, sums)
 
 
-def _add_batch(apply: Callable, leaves: Any, sums: list[Moments], params: PyTree, inputs: tuple, keep: Array | None):
+class _Capture:
+    """The sums over the batches of one model, for some of its parameters; compiled for every shape of a batch once."""
+
+    def __init__(self, apply: Callable, skeleton: Skeleton, regexes: tuple[str, ...] | None):
+        self._layouts: dict[Any, Layout] = {}
+        self._trace = functools.partial(_trace, apply, skeleton, regexes)
+        self.add = jax.jit(functools.partial(_add_batch, self._trace), donate_argnums=0)
+
+    def layout(self, arrays: Arrays, inputs: tuple) -> Layout:
+        """What is summed."""
+        values, treedef = jax.tree.flatten((arrays, inputs))
+        shapes = treedef, *(jnp.shape(value) for value in values)
+        if shapes not in self._layouts:
+            self._layouts[shapes] = self._trace(arrays, inputs)[1]
+        return self._layouts[shapes]
+
+
+_capture = kept_with_function(_Capture)
+
+
+def _trace(apply: Callable, skeleton: Skeleton, regexes: tuple[str, ...] | None, arrays: Arrays, inputs):
+    traced = walk_model(apply, skeleton.filled(arrays), inputs)
+    return traced, Layout.of(traced, regexes)
+
+
+def _add_batch(trace: Callable, sums: list[Moments], arrays: Arrays, inputs: tuple, keep: Array | None):
     """The sums after one more batch."""
-    traced = walk_model(apply, params, inputs)
-    layout = Layout.of(traced, params, leaves)
+    traced, layout = trace(arrays, inputs)
     if [s.h.shape for s in layout.zeros()] != [s.h.shape for s in sums]:
         raise ValueError("the model uses its parameters differently on different batches; sum them apart and add them")
-    flat = jax.tree.leaves(params)
     evaluation = _Evaluation(layout, keep)
-    values = [*(flat[k] for k in traced.arrays), *jax.tree.leaves(inputs)]
+    values = [*(arrays[k] for k in traced.arrays), *jax.tree.leaves(inputs)]
     _, after = evaluation.run(traced.program, values, traced.site, dict(enumerate(sums)))
     return [after[k] for k in range(len(sums))]
 

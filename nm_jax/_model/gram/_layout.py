@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,11 +54,11 @@ class Layout:
     work: dict[tuple[int, int], list[tuple[Tap, int]]]
 
     @classmethod
-    def of(cls, traced: Traced, params: PyTree, leaves: Any) -> "Layout":
+    def of(cls, traced: Traced, regexes: Sequence[str] | None) -> "Layout":
         traces = [
             LeafTrace(p, s, tuple(u)) for p, s, u in zip(traced.paths, traced.shapes, traced.walk.uses, strict=True)
         ]
-        wanted = _wanted(traces, list(taps_of(traced.site)), params, leaves)
+        wanted = _wanted(traces, list(taps_of(traced.site)), regexes)
         sources: dict[Any, list[tuple[int, int, Tap]]] = {}
         for site, index, tap in taps_of(traced.site):
             if tap.view.leaf in wanted:
@@ -118,24 +118,40 @@ def _slot(taps: list[Tap]) -> Slot:
 # ---------------------------------------------------------------------------------------------- which parameters
 
 
-def _wanted(traces: list[LeafTrace], taps: list, params: PyTree, leaves: Any) -> set[int]:
+def chosen_paths(params: PyTree, leaves: str | Sequence[str] | LeafRules | None) -> tuple[str, ...] | None:
+    """The argument `leaves` of `gram` as regular expressions, `None` for every parameter that gives a Gram matrix.
+
+    Raises:
+      ValueError: for what is none of these.
+    """
+    if isinstance(leaves, LeafRules):
+        sparse = [leaf for leaf in leaves.resolve(params, "skip") if isinstance(leaf, SparseLeaf)]
+        return tuple(f"^{re.escape(leaf.path)}$" for leaf in sparse)
+    if leaves is None:
+        return None
+    regexes = (leaves,) if isinstance(leaves, str) else leaves
+    if not isinstance(regexes, Sequence) or not all(isinstance(regex, str) for regex in regexes):
+        raise ValueError(
+            "leaves is a plan, a regular expression of paths or a list of them; of rules or masks make a plan, or give "
+            f"the paths; got {type(leaves).__name__}"
+        )
+    return tuple(regexes)
+
+
+def _wanted(traces: list[LeafTrace], taps: list, regexes: Sequence[str] | None) -> set[int]:
     """The parameters to sum for; a ValueError if one that was asked for gives no Gram matrix."""
     refusals = {k: _refusal(trace, [tap for *_, tap in taps if tap.view.leaf == k]) for k, trace in enumerate(traces)}
-    if leaves is None:
+    if regexes is None:
         chosen = {k for k, trace in enumerate(traces) if not trace.reason and not refusals[k]}
         if not chosen:
             raise ValueError("no parameter gives a Gram matrix; print nm_jax.trace(apply, params, *inputs) to see why")
         return chosen
-    if isinstance(leaves, LeafRules):
-        asked = {leaf.path for leaf in leaves.resolve(params, "skip") if isinstance(leaf, SparseLeaf)}
-        chosen = {k for k, trace in enumerate(traces) if trace.path in asked}
-    else:
-        chosen = set()
-        for regex in [leaves] if isinstance(leaves, str) else leaves:
-            matched = {k for k, trace in enumerate(traces) if re.search(regex, trace.path)}
-            if not matched:
-                raise ValueError(f"leaves: {regex!r} matches none of {', '.join(t.path for t in traces[:12])} ...")
-            chosen |= matched
+    chosen = set()
+    for regex in regexes:
+        matched = {k for k, trace in enumerate(traces) if re.search(regex, trace.path)}
+        if not matched:
+            raise ValueError(f"leaves: {regex!r} matches none of {', '.join(t.path for t in traces[:12])} ...")
+        chosen |= matched
     for k in sorted(chosen):
         if refusals[k]:
             raise ValueError(f"{traces[k].path}: no Gram matrix, because {refusals[k]}; leave it out of `leaves`")
