@@ -48,6 +48,7 @@ SCORES = {
     "largest": lambda rng, shape: np.where(rng.random(shape) < 0.5, 3.4e38, -3.4e38),
 }
 
+# Every suite that goes over the patterns goes over these.
 PATTERNS = [
     NM(1, 2),
     NM(2, 4),
@@ -77,6 +78,9 @@ def check_mask(mask, pattern):
     rows, cols = mask.shape
     if isinstance(pattern, Unstructured):
         return int(mask.sum()) == max(mask.size - round(pattern.sparsity * mask.size), 1)
+    if not isinstance(pattern, NM | SequentialNM | TransposableNM):  # one that this file does not know
+        found = {tile.tobytes() for tile in tiles(mask, *pattern.tile)}
+        return found <= {kept.astype(bool).tobytes() for kept in all_masks(pattern)}
     n, m = pattern.n, pattern.m
     exactly = not getattr(pattern, "at_most", False)
     for col in range(cols):
@@ -100,6 +104,10 @@ def check_mask(mask, pattern):
 @functools.cache
 def all_masks(pattern):
     """Every mask of one tile, (count, rows, cols), by enumeration."""
+    if not isinstance(pattern, NM | SequentialNM | TransposableNM):
+        size = pattern.tile[0] * pattern.tile[1]
+        every = np.array(list(itertools.product([False, True], repeat=size))).reshape(-1, *pattern.tile)
+        return every[np.asarray(pattern.full(np.moveaxis(every, 0, -1)))].astype(float)
     m = pattern.m
     if isinstance(pattern, TransposableNM):
         sizes = range(pattern.n + 1) if pattern.at_most else [pattern.n]

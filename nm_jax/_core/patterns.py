@@ -11,15 +11,41 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
+
+_MOST_LISTED = 16  # entries of a tile whose masks can be listed
+
+
+class Group(NamedTuple):
+    """What a pattern says of m consecutive entries along one axis: `n` of them are kept, or at most `n`."""
+
+    n: int
+    m: int
+    exactly: bool = True
+
+    @property
+    def two_of_four(self) -> bool:
+        """Whether no four consecutive entries (from a multiple of 4 on) keep more than two: sparse tensor cores read
+        no other weights."""
+        return 4 % self.m == 0 and self.n * (4 // self.m) <= 2
 
 
 class Pattern(abc.ABC):
     """What a mask may look like inside one tile of a weight matrix laid out as (contraction, output).
 
-    To add a pattern, write one frozen dataclass here, and name it in `_PATTERNS` if it has a spelling.
+    To add a pattern:
+
+    1. Write one frozen dataclass here with `tile`, `density`, `allows` and `full`; `_parse` and `__str__` if it has a
+       spelling (then name it in `_PATTERNS` too), and whatever else below it can answer.
+    2. Add a line with an instance to `PATTERNS` of `tests/helpers.py`: the contract suites of patterns and solvers
+       then cover it.
+
+    Nothing else asks which pattern it is. Tiles of up to 16 entries have an exact solver at once, `Enumeration`.
     """
 
     @property
@@ -40,12 +66,54 @@ class Pattern(abc.ABC):
     def full(self, kept: Bool[Array, "rows cols *tiles"]) -> Bool[Array, "*tiles"]:
         """Whether each tile is a mask of the pattern: `allows`, and nothing that must be kept is missing."""
 
-    @abc.abstractmethod
-    def _count(self, tiles: int, size: int, exact: bool) -> int: ...
+    @property
+    def contraction_groups(self) -> Group | None:
+        """What it promises of every group along the contraction axis; `None`: nothing. With a promise the forward
+        product, which contracts this axis of W, can run sparse."""
+        return None
+
+    @property
+    def output_groups(self) -> Group | None:
+        """The same along the output axis, for the input gradient, which contracts this axis of W^T."""
+        return None
+
+    @property
+    def tile_limit(self) -> int | None:
+        """n, if a tile is allowed just when it keeps at most n entries, wherever they are; else `None`."""
+        return None
+
+    @property
+    def relaxed(self) -> "Pattern | None":
+        """The pattern that keeps at most as many (itself, if it does already); `None` if there is none."""
+        return None
+
+    def masks(self) -> Bool[np.ndarray, "masks rows cols"] | None:
+        """Every mask of one tile; `None` for tiles of more than 16 entries, or without tiles."""
+        return _every_mask(self)
+
+    def _count(self, tiles: int, size: int, exact: bool) -> int:
+        """Number of masks of so many tiles, `size` entries in all: exactly, or by Eq. 2 of the paper."""
+        del size, exact
+        masks = self.masks()
+        if masks is None:
+            raise ValueError(f"the masks of {self} cannot be counted")
+        return len(masks) ** tiles
 
     @classmethod
-    @abc.abstractmethod
-    def _parse(cls, text: str) -> "Pattern | None": ...
+    def _parse(cls, text: str) -> "Pattern | None":
+        """The pattern that a string names, `None` if it names another."""
+        del text
+        return None
+
+
+@functools.cache
+def _every_mask(pattern: Pattern) -> Bool[np.ndarray, "masks rows cols"] | None:
+    if pattern.tile is None or math.prod(pattern.tile) > _MOST_LISTED:
+        return None
+    entry = np.arange(math.prod(pattern.tile)).reshape(pattern.tile)
+    every = (np.arange(1 << entry.size) >> entry[..., None]) & 1 == 1
+    with jax.ensure_compile_time_eval():
+        return np.moveaxis(every[..., np.asarray(pattern.full(jnp.asarray(every)))], -1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +142,10 @@ class _Grouped(Pattern):
     def density(self) -> float:
         return self.n / self.m
 
+    @property
+    def contraction_groups(self) -> Group:
+        return Group(self.n, self.m)
+
     @classmethod
     def _parse(cls, text: str) -> "Pattern | None":
         found = re.fullmatch(r"(\d+):(\d+)" + cls._suffix, text)
@@ -93,6 +165,10 @@ class NM(_Grouped):
       n: entries kept in a group, 1 <= n < m.
       m: group size.
     """
+
+    @property
+    def tile_limit(self):
+        return self.n
 
     def allows(self, kept):
         return jnp.all(jnp.sum(kept, axis=0) <= self.n, axis=0)
@@ -125,6 +201,18 @@ class TransposableNM(_Grouped):
     @property
     def tile(self):
         return (self.m, self.m)
+
+    @property
+    def contraction_groups(self):
+        return Group(self.n, self.m, exactly=not self.at_most)
+
+    @property
+    def output_groups(self):
+        return self.contraction_groups
+
+    @property
+    def relaxed(self):
+        return dataclasses.replace(self, at_most=True)
 
     def allows(self, kept):
         rows, cols = jnp.sum(kept, axis=1), jnp.sum(kept, axis=0)
@@ -237,7 +325,7 @@ class Unstructured(Pattern):
         return cls(float(found[1])) if found else None
 
     def __str__(self):
-        return f"US-{self.sparsity:g}"
+        return f"US-{np.format_float_positional(self.sparsity)}"
 
 
 _PATTERNS: tuple[type[Pattern], ...] = (NM, TransposableNM, SequentialNM, Unstructured)

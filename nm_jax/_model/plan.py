@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.axes import check_axes
-from nm_jax._core.patterns import Pattern, TransposableNM, parse_pattern
+from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.rules import (
     DenseLeaf,
     Leaf,
@@ -173,9 +173,9 @@ class Plan(LeafRules):
 
 def _sparse_products(leaf: PlannedLeaf) -> int:
     """How many of the three products of a layer have a sparse weight."""
-    if leaf.pattern is None or leaf.pattern.tile is None:
+    if leaf.pattern is None:
         return 0
-    return 2 if isinstance(leaf.pattern, TransposableNM) else 1
+    return sum(groups is not None for groups in (leaf.pattern.contraction_groups, leaf.pattern.output_groups))
 
 
 def plan(

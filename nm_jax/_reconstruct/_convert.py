@@ -100,17 +100,23 @@ def pattern_violations(params: PyTree[Array], rules: Rules, *, partial: str = "s
             active = nonzero(value)
             count = int(jnp.sum(active))
             sparsity = 1 - count / active.size
-            pattern = leaf.pattern
             rows.append(
                 Violations(
                     leaf,
                     sparsity,
                     tiles=float(_broken(leaf, active)),
                     weights=int(jnp.sum(active & ~masks[leaf.path])) / max(count, 1),
-                    expected=violation_probability(pattern.n, pattern.m, sparsity) if type(pattern) is NM else None,
+                    expected=_expected(leaf.pattern, sparsity),
                 )
             )
     return rows
+
+
+def _expected(pattern: Pattern, sparsity: float) -> float | None:
+    """Eq. 4, for patterns whose tiles ask for nothing but few enough entries."""
+    if pattern.tile is None or pattern.tile_limit is None:
+        return None
+    return violation_probability(pattern.tile_limit, math.prod(pattern.tile), sparsity)
 
 
 @functools.partial(jax.jit, static_argnums=0)

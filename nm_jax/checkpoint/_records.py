@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nm_jax._core.axes import check_axes
-from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
+from nm_jax._core.patterns import Group, Pattern, parse_pattern
 from nm_jax._core.rules import Rule, Rules, SparseLeaf, parse_rules
 from nm_jax.checkpoint._tensorfile import FormatError, parse_json
 from nm_jax.solvers import Proof
@@ -111,7 +111,7 @@ def layout_of(leaf: SparseLeaf, packed: bool, keep_masks: bool) -> Layout:
     """How to store a tensor: positions are enough where exactly two of every four are kept."""
     if not packed:
         return "dense+mask" if keep_masks else "dense"
-    two_of_four = leaf.pattern in (NM(2, 4), SequentialNM(2, 4), TransposableNM(2, 4)) and not leaf.tiling.ragged
+    two_of_four = leaf.pattern.contraction_groups == Group(2, 4, exactly=True) and not leaf.tiling.ragged
     return "values+positions" if two_of_four else "values+mask"
 
 

@@ -54,11 +54,11 @@ class TensorReport:
         pattern."""
         assert self.checked is not None
         found = {"tiles": self.checked.broken, "outside_mask": self.checked.outside}
-        tile, n = self.record.pattern.tile, getattr(self.record.pattern, "n", None)
-        if tile is not None and n is not None:
-            found["contraction"] = sum(self.checked.contraction[n + 1 :])
-            if tile[1] > 1:
-                found["output"] = sum(self.checked.output[n + 1 :])
+        pattern = self.record.pattern
+        if pattern.contraction_groups is not None:
+            found["contraction"] = sum(self.checked.contraction[pattern.contraction_groups.n + 1 :])
+        if pattern.output_groups is not None:
+            found["output"] = sum(self.checked.output[pattern.output_groups.n + 1 :])
         return found
 
     def to_json(self) -> dict[str, Any]:

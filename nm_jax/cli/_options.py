@@ -1,6 +1,5 @@
 """Options that several commands have, and their types."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,11 +75,11 @@ dense = click.option("--dense", type=PATH, help="The checkpoint before it was pr
 def library_rules(pattern: Any, rules: Sequence[Any], at_most: bool = False) -> Any:
     """Rules as the library takes them; `None` when there are none."""
     patterns = [*(rule.pattern for rule in rules), pattern]
-    if at_most and not any(isinstance(p, nm.TransposableNM) for p in patterns):
+    if at_most and not any(p and p.relaxed for p in patterns):
         raise click.UsageError("--at-most is for transposable patterns, like 4:8-T")
 
     def relaxed(p: Any) -> Any:
-        return dataclasses.replace(p, at_most=True) if at_most and isinstance(p, nm.TransposableNM) else p
+        return p.relaxed or p if at_most and p else p
 
     listed: list[Any] = [(rule.regex, relaxed(rule.pattern), rule.axes) for rule in rules]
     last = relaxed(pattern)

@@ -160,7 +160,8 @@ def _figure(seen: Seen) -> str:
         _histogram(seen.weight[seen.kept]),
     ]
     if report.checked.contraction:
-        n = getattr(record.pattern, "n", None)
+        groups = record.pattern.contraction_groups
+        n = groups and groups.n
         parts.append(_occupancy("along the contraction axis (W)", report.checked.contraction, n))
         parts.append(_occupancy("along the output axis (W^T)", report.checked.output, n))
     heading = f"<h3>{html.escape(report.name)} <small>{_shape(record.shape)}, {record.pattern}</small></h3>"

@@ -33,8 +33,7 @@ def command(pattern, shape, as_json) -> int:
     The paper's Eq. 2 over-counts transposable masks; both counts are given.
     """
     exact = nm.mask_diversity(pattern, shape, exact=True)
-    at_most = isinstance(pattern, nm.TransposableNM) and pattern.at_most
-    formula = None if at_most else nm.mask_diversity(pattern, shape)
+    formula = None if pattern.relaxed == pattern else nm.mask_diversity(pattern, shape)
     if as_json:
         counts = {"masks": _count_json(exact), "eq2": None if formula is None else _count_json(formula)}
         print_json({"pattern": str(pattern), "shape": list(shape), **counts})

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.patterns import Pattern, TransposableNM, parse_pattern
+from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._choice import choose
 from nm_jax.matmul._packing import PackedWeight, SparseMatrix, compress, pack, take, to_dense
 from nm_jax.matmul.base import Implementation, Product
@@ -76,14 +76,14 @@ def nm_matmul(
 def sparse_sides(pattern: str | Pattern) -> bool:
     """Whether a pattern makes both products sparse (True) or the forward product alone (False); refuses others."""
     pattern = parse_pattern(pattern)
-    n, m = getattr(pattern, "n", None), getattr(pattern, "m", None)
-    if n is None or m is None or 4 % m or n * (4 // m) > 2:
+    groups = pattern.contraction_groups
+    if groups is None or not groups.two_of_four:
         raise ValueError(
             f"sparse tensor cores read two kept of every four, and a {pattern} mask may keep more of some four; "
             "train with sparse_training(..., '2:4-T') ('2:4': forward product only), or give the weight a 2:4 mask "
             "(nm.compute_masks(params, '2:4-T'))"
         )
-    return isinstance(pattern, TransposableNM)
+    return pattern.output_groups is not None and pattern.output_groups.two_of_four
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from nm_jax.solvers._slabs import Solved as Solved
 from nm_jax.solvers._slabs import solve_matrices as solve_matrices
 from nm_jax.solvers.base import Solution as Solution
 from nm_jax.solvers.base import Solver as Solver
+from nm_jax.solvers.enumeration import Enumeration as Enumeration
 from nm_jax.solvers.exact import Exact as Exact
 from nm_jax.solvers.flow import MinCostFlow as MinCostFlow
 from nm_jax.solvers.greedy import Greedy as Greedy

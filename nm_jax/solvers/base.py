@@ -152,6 +152,53 @@ def _replace(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows col
     return jnp.where(jnp.isnan(scores), low, scores)
 
 
+def well_scaled(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
+    """Finite scores with the same optima, whose sums over a tile neither overflow nor vanish.
+
+    Where there is an infinity or NaN, or a score that is very small or large, each tile is scaled by a power of two so
+    that its largest finite score is between 1/4 and 1 (less if all are subnormal). Infinities then go beyond what any
+    exchange of finite scores is worth, NaN to the lowest score of its tile.
+    """
+    if not scores.size:
+        return scores
+    bias, top = _layout(scores.dtype)
+    raw = _raw(scores)
+    magnitude = raw & jnp.iinfo(raw.dtype).max
+    wild = jnp.any((magnitude >> top > bias + 100) | ((magnitude > 0) & (magnitude >> top < bias - 100)))
+    # A loop that hardly ever runs: unlike the branches of a `cond`, it passes the scores on.
+    return jax.lax.while_loop(
+        lambda carry: carry[0], lambda carry: (jnp.zeros_like(wild), _scale(carry[1])), (wild, scores)
+    )[1]
+
+
+def _scale(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
+    raw, (bias, top) = _raw(scores), _layout(scores.dtype)
+    magnitude = raw & jnp.iinfo(raw.dtype).max
+    finite = magnitude < _raw(jnp.full((), jnp.inf, scores.dtype))
+    # A float is mantissa * 2^(exponent - constant). Integers throughout: floating-point operations may flush subnormal
+    # numbers to zero.
+    exponent = jnp.maximum(magnitude >> top, 1)
+    mantissa = (magnitude & ((1 << top) - 1)) | jnp.where(magnitude >> top > 0, 1 << top, 0)
+    largest = jnp.max(jnp.where(finite & (magnitude > 0), exponent, 1), axis=(0, 1), keepdims=True)
+    shift = exponent - largest - top - 1
+    factor = jax.lax.bitcast_convert_type(jnp.maximum(shift + bias, 1) << top, scores.dtype)
+    values = jnp.where(finite & (shift + bias > 0), mantissa.astype(scores.dtype) * factor, 0)
+    values = jnp.where(raw < 0, -values, values)
+    low = jnp.min(jnp.where(finite, values, 1), axis=(0, 1), keepdims=True)
+    beyond = 4 * scores.shape[0]
+    values = jnp.where(finite, values, jnp.where(raw < 0, -beyond, beyond))
+    return jnp.where(jnp.isnan(scores), low, values).astype(scores.dtype)
+
+
+def _raw(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    return jax.lax.bitcast_convert_type(scores, {4: jnp.int32, 8: jnp.int64}[scores.dtype.itemsize])
+
+
+def _layout(dtype) -> tuple[int, int]:
+    """The bias of a float's exponent, and the bits of its mantissa."""
+    return {4: (127, 23), 8: (1023, 52)}[jnp.dtype(dtype).itemsize]
+
+
 def check_scores(scores: Array) -> None:
     """Raises a ValueError for scores that are not floating point."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
@@ -166,11 +213,11 @@ def blank(shape: tuple[int, ...], dtype, like: Array) -> Array:
 
 
 def order_key(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Integers in the order of the scores; subnormals stay apart, which float comparisons may not grant."""
-    bits = {4: jnp.int32, 8: jnp.int64}[scores.dtype.itemsize]
-    raw = jax.lax.bitcast_convert_type(scores, bits)
-    low = jnp.iinfo(bits).min
-    return jnp.where(raw >= 0, raw, jnp.where(raw == low, 0, raw ^ jnp.iinfo(bits).max))
+    """Integers in the order of the scores, NaN lowest; subnormals stay apart, which float comparisons may not grant."""
+    raw = _raw(scores)
+    low, high = jnp.iinfo(raw.dtype).min, jnp.iinfo(raw.dtype).max
+    key = jnp.where(raw >= 0, raw, jnp.where(raw == low, 0, raw ^ high))
+    return jnp.where(jnp.isnan(scores), low, key)
 
 
 def rank(keys: Int[Array, " size *rest"]) -> Int[Array, " size *rest"]:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from nm_jax._core.patterns import TransposableNM
-from nm_jax.solvers.base import Solver, replace_nonfinite
+from nm_jax.solvers.base import Solver, well_scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def on_host(solve_block, scores):
         return mask.reshape(scores.shape)
 
     result = jax.ShapeDtypeStruct(scores.shape, jnp.bool_)
-    return jax.pure_callback(solve_all, result, replace_nonfinite(scores), vmap_method="sequential")
+    return jax.pure_callback(solve_all, result, well_scaled(scores), vmap_method="sequential")
 
 
 def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:

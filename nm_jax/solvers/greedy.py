@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.patterns import TransposableNM
-from nm_jax.solvers.base import Solver, order_key, rank, replace_nonfinite
+from nm_jax.solvers.base import Solver, order_key, rank, well_scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,12 @@ class Greedy(Solver):
         return isinstance(pattern, TransposableNM)
 
     def solve(self, scores, pattern):
-        scores = replace_nonfinite(scores)
         keys = ~order_key(scores)  # complement: ascending order, and ties still go to the lower index
         zeros = pattern.m - pattern.n
         row_place = jnp.swapaxes(rank(jnp.swapaxes(keys, 0, 1)), 0, 1)
         mask = (row_place >= zeros) & (rank(keys) >= zeros)
         if self.complete:
-            mask = _complete(mask, scores / 4, pattern)  # a quarter: sums of three scores stay finite
+            mask = _complete(mask, well_scaled(scores), pattern)
         return mask, None
 
 

@@ -8,21 +8,42 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.axes import Tiling
-from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, Unstructured, parse_pattern
+from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax.solvers._slabs import solve_matrices
 from nm_jax.solvers.base import Solver
+from nm_jax.solvers.enumeration import Enumeration
 from nm_jax.solvers.exact import Exact
 from nm_jax.solvers.flow import MinCostFlow
+from nm_jax.solvers.greedy import Greedy
+from nm_jax.solvers.integer import IntegerProgram
 from nm_jax.solvers.topk import TopK, Window
+
+# To add a solver, add a line. The first that supports a pattern is its default: the optimum, and fast.
+MENU: tuple[Solver, ...] = (
+    TopK(),
+    Window(),
+    Exact(),
+    MinCostFlow(),  # blocks beyond m = 32 go to the host
+    Enumeration(),
+    Greedy(),
+    IntegerProgram(),
+)
 
 
 def default_solver(pattern: Pattern) -> Solver:
-    """The solver that `solver=None` means for a pattern."""
-    if isinstance(pattern, TransposableNM):
-        return Exact() if Exact().supports(pattern) else MinCostFlow()  # blocks beyond m = 32 go to the host
-    for kind, solver in ((NM | Unstructured, TopK()), (SequentialNM, Window())):
-        if isinstance(pattern, kind):
+    """The solver that `solver=None` means for a pattern: the first of the menu that supports it.
+
+    Raises:
+      ValueError: if none does: a pattern of your own with tiles of more than 16 entries needs `solver=`.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.solvers.default_solver(nm.parse_pattern("2:4-T"))
+      Exact(chunk=None)
+    """
+    for solver in MENU:
+        if solver.supports(pattern):
             return solver
     raise ValueError(f"no solver is known for {pattern!r}; pass solver=")
 

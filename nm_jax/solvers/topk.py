@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 
 from nm_jax._core.patterns import NM, SequentialNM, Unstructured
-from nm_jax.solvers.base import Solver, order_key, rank, replace_nonfinite
+from nm_jax.solvers.base import Solver, order_key, rank, well_scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TopK(Solver):
         return isinstance(pattern, NM | Unstructured)
 
     def solve(self, scores, pattern):
-        keys = order_key(replace_nonfinite(scores))
+        keys = order_key(scores)
         if isinstance(pattern, NM):
             return rank(keys) < pattern.n, None
         flat = keys.reshape(keys.shape[0] * keys.shape[1], *keys.shape[2:])
@@ -44,7 +44,7 @@ class Window(Solver):
 
     def solve(self, scores, pattern):
         zeros = pattern.m - pattern.n
-        scaled = replace_nonfinite(scores) / zeros  # the mean of a window is finite where its sum may not be
+        scaled = well_scaled(scores)
         sums = [functools.reduce(jnp.add, scaled[start : start + zeros]) for start in range(pattern.n + 1)]
         first = pattern.n - jnp.argmin(jnp.stack(sums[::-1]), axis=0)[None]
         index = jnp.arange(pattern.m).reshape(-1, *[1] * (scores.ndim - 1))
