@@ -83,4 +83,5 @@ from .checkpoint import FormatError as FormatError
 from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import prune_checkpoint as prune_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
+from .checkpoint import save_scores as save_scores
 from .checkpoint import verify_checkpoint as verify_checkpoint

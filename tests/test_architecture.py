@@ -42,7 +42,7 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             if node.module == "nm_jax":
-                yield from (f"nm_jax.{name.name}" for name in node.names)
+                yield from (f"nm_jax.{name.name}" for name in node.names if name.name != "__version__")
             else:
                 yield node.module or "relative"
         elif isinstance(node, ast.Import):

@@ -65,6 +65,7 @@ NAMES = [
     "refresh_stats",
     "repack",
     "save_checkpoint",
+    "save_scores",
     "score_tree",
     "solve",
     "solvers",

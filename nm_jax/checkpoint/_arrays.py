@@ -10,12 +10,14 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
+from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax.checkpoint import _records as records
+from nm_jax.checkpoint._folder import written_beside
 from nm_jax.checkpoint._packed import encode, take
-from nm_jax.checkpoint._records import Record
-from nm_jax.checkpoint._store import Checkpoint, Tensor, written_beside
+from nm_jax.checkpoint._records import Record, Said
+from nm_jax.checkpoint._store import Checkpoint
+from nm_jax.checkpoint._tensor import Tensor
 from nm_jax.checkpoint._tensorfile import TensorWriter, dtype_name, header_size
 from nm_jax.checkpoint._tiles import broken_tiles
 
@@ -61,7 +63,8 @@ def save_checkpoint(
             parts |= _parts(found[leaf.path], leaf.path, array, kept)
         else:
             parts[leaf.path] = array
-    metadata = {records.KEY: records.dump(found, rules, partial)}
+    dense = {leaf.path: leaf.reason for leaf in leaves if isinstance(leaf, DenseLeaf)}
+    metadata = {records.KEY: Said(found, dense, records.rules_json(rules), partial).dump()}
     sizes = [(name, dtype_name(array.dtype), array.shape, array.nbytes) for name, array in parts.items()]
     with written_beside(Path(path)) as beside, TensorWriter(beside, header_size(sizes, metadata)) as writer:
         for name, array in parts.items():

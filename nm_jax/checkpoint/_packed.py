@@ -54,6 +54,12 @@ def put(values: Shaped[np.ndarray, " kept"], mask: Bool[np.ndarray, "..."], axes
     return _leaf(lines, mask.shape, axes)
 
 
+def two_of_four(mask: Bool[np.ndarray, "..."], axes: str) -> bool:
+    """Whether exactly two of every four entries along the contraction are kept."""
+    lines = _lines(mask, axes)
+    return lines.shape[2] % 4 == 0 and bool(np.all(lines.reshape(-1, 4).sum(axis=1) == 2))
+
+
 def encode(mask: Bool[np.ndarray, "..."], axes: str, positions: bool = False) -> UInt8[np.ndarray, " bytes"]:
     """The code of a mask.
 

@@ -1,24 +1,30 @@
 """Pruning a checkpoint of any size, one tensor at a time."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nm_jax._core.nonzero import as_bits
+from nm_jax._core.nonzero import as_bits, nonzero
 from nm_jax._core.patterns import Pattern
-from nm_jax._core.rules import Leaf, Rules, SparseLeaf
+from nm_jax._core.rules import DenseLeaf, Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint import _records as records
-from nm_jax.checkpoint._packed import encode, take
-from nm_jax.checkpoint._records import Record
-from nm_jax.checkpoint._reports import CheckpointReport, TensorReport, dense_tensors
-from nm_jax.checkpoint._store import Checkpoint, Progress, Tensor, no_progress, written_beside
+from nm_jax.checkpoint._folder import copy_others, refuse_overlap, written_beside
+from nm_jax.checkpoint._packed import encode, take, two_of_four
+from nm_jax.checkpoint._records import Layout, Record, Said
+from nm_jax.checkpoint._reports import CheckpointReport, TensorReport, Totals, dense_tensors
+from nm_jax.checkpoint._scores import Scores
+from nm_jax.checkpoint._store import Checkpoint, Progress, no_progress
+from nm_jax.checkpoint._tensor import Tensor
 from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, TensorWriter, header_size
 from nm_jax.checkpoint._tiles import find_mask, largest_sum
 from nm_jax.checkpoint._verify import share
@@ -29,13 +35,13 @@ _IN_FLIGHT = 1 << 28  # bytes of tensors that are worked on at once, if these ar
 
 
 class _How(NamedTuple):
-    """What is asked for."""
+    """What is asked for, beside the leaves: how each is stored, given how it was before, among them."""
 
-    rules: Rules
+    rules: list[Any]
     partial: str
     solver: Solver | None
-    packed: bool
-    keep_masks: bool
+    scores: Scores | None
+    layout: Callable[[SparseLeaf, Record | None], Layout]
     progress: Progress
 
 
@@ -48,6 +54,8 @@ def prune_checkpoint(
     partial: str = "skip",
     packed: bool = False,
     keep_masks: bool = False,
+    scores: str | os.PathLike | None = None,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> CheckpointReport:
     """Writes a checkpoint whose tensors have the pattern that the rules say.
@@ -56,8 +64,8 @@ def prune_checkpoint(
 
     Args:
       source: a safetensors file, the index of a sharded checkpoint, or a folder with one of them. It is only read.
-      target: a file for a file, a folder for shards and their index; it must not exist. It is written beside its name,
-        and gets it when it is complete.
+      target: a file for a file, a folder for a folder (with its other files copied) or for an index; it must not exist.
+        It is written beside its name, and gets it when it is complete.
       rules: a pattern, or `(path regex, pattern or None, optional axes)` (`nm_jax.rules`). Paths are the names of the
         tensors with '/' for '.'; without axes they are PyTorch's for `weight` and Flax's for `kernel`.
       solver: for the patterns that it supports; `None` takes the default for each.
@@ -65,32 +73,99 @@ def prune_checkpoint(
       packed: store values and positions (`nm_jax.checkpoint._packed`), which `load_checkpoint` reads, instead of
         zeros, which every reader does.
       keep_masks: store a bit-packed mask beside each dense tensor, as `NAME.nm_mask`.
+      scores: a safetensors file, as `save_scores` writes it, of what masks keep the most of instead of |w|: scores with
+        the shape of the tensors, or the diagonals of Gram matrices of their inputs, for |w| sqrt(h) (Wanda).
+      overwrite: whether a file, or the folder of a checkpoint, with the name of the target is replaced.
       progress: called with the name and the bytes of each tensor that is done.
 
     Returns:
-      What was pruned, how much was retained, and the time it took.
+      What was pruned, how much was retained, and the time it took. Printed, it is a table.
 
     Raises:
       FormatError: if the source is damaged, or holds NaN where it should be pruned.
       OSError: if files cannot be read or written, or the target exists.
-      ValueError: for rules that do not fit.
+      ValueError: for rules or scores that do not fit.
 
     Float32, bfloat16 and float16 are pruned; what is kept is kept bit for bit, and other tensors and metadata are
-    copied. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A solver is compiled once for each
-    pattern.
+    copied. Tensors that are dense by the rules but were pruned by an earlier run keep their records. Two copies of one
+    tensor get the same mask, or stay dense. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A
+    solver is compiled once for each pattern.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> params = {"fc1.weight": np.arange(64, dtype=np.float32).reshape(8, 8)}
+      >>> nm.save_checkpoint(folder / "dense.safetensors", params, [("fc1", None)])
+      >>> report = nm.prune_checkpoint(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4")
+      >>> [(tensor.name, tensor.record.kept) for tensor in report.tensors]
+      [('fc1.weight', 32)]
     """
-    target = Path(target)
-    with Checkpoint(source) as checkpoint:
-        leaves = checkpoint.resolve(rules, partial)
-        job = _Job(leaves, _How(rules, partial, solver, packed, keep_masks, progress))
-        with written_beside(target, folder=checkpoint.index is not None) as beside:
-            if checkpoint.index is None:
-                job.write(checkpoint, checkpoint.files[0], beside)
-            else:
-                for file in checkpoint.files:
-                    job.write(checkpoint, file, beside / file.path.name)
-                job.write_index(*checkpoint.index, beside)
-        return CheckpointReport(str(target), tuple(job.reports), tuple(dense_tensors(checkpoint, leaves)), job.seconds)
+    checkpoint = Checkpoint(source)
+    leaves = checkpoint.resolve(rules, partial)
+    given = None if scores is None else Scores(scores, checkpoint, leaves)
+
+    def layout(leaf: SparseLeaf, before: Record | None) -> Layout:
+        masked = before is not None and before.layout == "dense+mask"
+        return records.layout_of(leaf, packed, keep_masks or masked)
+
+    how = _How(records.rules_json(rules), partial, solver, given, layout, progress)
+    return _write(checkpoint, Path(target), leaves, how, overwrite)
+
+
+def unpack_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> CheckpointReport:
+    """Writes a checkpoint of which values and positions, or masks, are stored as one with zeros, which every reader
+    reads.
+
+    Args:
+      source: a checkpoint that records sparse tensors, as `prune_checkpoint` reads it.
+      target: as in `prune_checkpoint`.
+      overwrite: as in `prune_checkpoint`.
+      progress: called with the name and the bytes of each tensor that is done.
+
+    Returns:
+      What is in it.
+
+    Raises:
+      FormatError: if the source is damaged.
+      OSError: if files cannot be read or written, or the target exists.
+      ValueError: if nothing is recorded in it.
+    """
+    checkpoint = Checkpoint(source)
+    if checkpoint.said is None:
+        raise ValueError(f"{checkpoint.path}: no tensor of it is recorded as sparse; there is nothing to unpack")
+    leaves: dict[str, Leaf] = {
+        name: DenseLeaf(name, tensor.shape, tensor.reason) for name, tensor in checkpoint.tensors.items()
+    }
+    how = _How(checkpoint.said.rules, checkpoint.said.partial, None, None, lambda leaf, before: "dense", progress)
+    return _write(checkpoint, Path(target), leaves, how, overwrite)
+
+
+def _write(
+    checkpoint: Checkpoint, target: Path, leaves: Mapping[str, Leaf], how: _How, overwrite: bool
+) -> CheckpointReport:
+    if overwrite or not os.path.lexists(target):
+        refuse_overlap(checkpoint.path, target)
+    folder = checkpoint.index is not None or checkpoint.path.is_dir()
+    job, copied = _Job(leaves, how), []
+    with written_beside(target, folder, overwrite) as beside:
+        for file in checkpoint.files:
+            job.write(checkpoint, file, beside / file.path.name if folder else beside)
+        if checkpoint.index is not None:
+            job.write_index(*checkpoint.index, beside)
+        if checkpoint.path.is_dir():
+            copied = copy_others(checkpoint.path, beside, os.listdir(beside))
+    totals = Totals.of(checkpoint, [report.record for report in job.reports], job.total_size)
+    return CheckpointReport(
+        str(target), tuple(job.reports), tuple(dense_tensors(checkpoint, leaves)), job.seconds, totals, tuple(copied)
+    )
 
 
 class _Mask(NamedTuple):
@@ -111,6 +186,7 @@ class _Job:
         self.weight_map: dict[str, str] = {}
         self.total_size = 0
         self._compiled: set[Pattern] = set()
+        self._stop = threading.Event()
         self._lap = time.perf_counter()
 
     def _spent(self, what: str | None = None) -> None:
@@ -131,15 +207,15 @@ class _Job:
             tensor, mask = pending.popleft()
             if mask is not None:
                 found[tensor.name] = self._write_sparse(writer, tensor, mask.result())
-            elif tensor.copyable:
-                writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
+            elif tensor.record is not None:
+                found[tensor.name] = self._write_sparse(writer, tensor, self._carry(tensor))
             else:
-                writer.write_array(tensor.name, tensor.read()[0])
+                writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
             self._spent("write")
             self.how.progress(tensor.name, tensor.nbytes)
 
         self._spent()
-        with TensorWriter(path, self._room(file, tensors)) as writer, ThreadPoolExecutor(_AHEAD) as pool:
+        with TensorWriter(path, self._room(file, tensors)) as writer, self._workers() as pool:
             for tensor in tensors:
                 leaf, ahead = self.leaves[tensor.name], _AHEAD
                 if isinstance(leaf, SparseLeaf):
@@ -155,18 +231,42 @@ class _Job:
                     finish_first()
             while pending:
                 finish_first()
-            writer.finish(self._metadata(file, found))
+            writer.finish(self._metadata(file, tensors, found))
             self._spent("write")
         self.weight_map |= dict.fromkeys(writer.entries, path.name)
         self.total_size += sum(entry.nbytes for entry in writer.entries.values())
+
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that find masks. After an error, or Ctrl-C, nobody waits for them."""
+        pool = ThreadPoolExecutor(_AHEAD)
+        try:
+            yield pool
+        except BaseException:
+            self._stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
+
+    def _carry(self, tensor: Tensor) -> "_Mask":
+        """A tensor that was pruned before, as it is."""
+        assert tensor.record is not None
+        weight, mask = tensor.read()
+        mask = nonzero(weight) if mask is None else mask
+        layout = self.how.layout(tensor.record.leaf(tensor.name), tensor.record)
+        if layout == "values+positions" and not two_of_four(mask, tensor.record.axes):
+            layout = "values+mask"
+        kept = int(np.count_nonzero(mask))
+        return _Mask(weight, mask, dataclasses.replace(tensor.record, layout=layout, kept=kept))
 
     def _find(self, tensor: Tensor, leaf: SparseLeaf, weight: np.ndarray) -> "_Mask":
         """The mask of a tensor, and what to record of it."""
         solver = self.how.solver
         if solver is None or not solver.supports(leaf.pattern):
             solver = default_solver(leaf.pattern)
+        scores = None if self.how.scores is None else self.how.scores.of(tensor, weight)
         try:
-            found = find_mask(weight, leaf, solver)
+            found = find_mask(weight, leaf, solver, scores, self._stop.is_set)
         except ValueError as error:
             raise FormatError(
                 f"{tensor.file.path}: {tensor.name!r} cannot be pruned, {error}; repair it, or leave it dense by a rule"
@@ -177,7 +277,7 @@ class _Job:
             leaf.axes,
             tensor.dtype,
             tensor.shape,
-            records.layout_of(leaf, self.how.packed, self.how.keep_masks),
+            self.how.layout(leaf, None),
             kept,
             share(found.retained, found.total),
             share(found.retained, largest_sum(weight, kept)),
@@ -204,18 +304,25 @@ class _Job:
         longest, stored = {}, []
         for tensor in tensors:
             leaf = self.leaves[tensor.name]
-            if isinstance(leaf, SparseLeaf):
-                layout = records.layout_of(leaf, self.how.packed, self.how.keep_masks)
-                record = records.longest(leaf, tensor.dtype, layout)
+            if isinstance(leaf, SparseLeaf) or tensor.record is not None:
+                leaf = leaf if isinstance(leaf, SparseLeaf) else tensor.record.leaf(tensor.name)  # type: ignore[union-attr]
+                record = records.longest(leaf, tensor.dtype, self.how.layout(leaf, tensor.record))
                 longest[tensor.name] = record
                 stored += records.stored_parts(record, tensor.name)
             else:
-                stored.append((tensor.name, tensor.dtype, tensor.shape, tensor.dense_nbytes))
-        return header_size(stored, self._metadata(file, longest))
+                stored.append((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
+        return header_size(stored, self._metadata(file, tensors, longest))
 
-    def _metadata(self, file: TensorFile, found: Mapping[str, Record]) -> dict[str, str]:
+    def _metadata(self, file: TensorFile, tensors: list[Tensor], found: Mapping[str, Record]) -> dict[str, str]:
         kept = {key: text for key, text in file.metadata.items() if key != records.KEY}
-        return {**kept, records.KEY: records.dump(found, self.how.rules, self.how.partial)}
+        if "format" not in kept and (framework := _framework([tensor.name for tensor in tensors])):
+            kept = {"format": framework, **kept}
+        dense = {}
+        for tensor in tensors:
+            leaf = self.leaves[tensor.name]
+            if tensor.name not in found and isinstance(leaf, DenseLeaf):
+                dense[tensor.name] = leaf.reason
+        return {**kept, records.KEY: Said(found, dense, self.how.rules, self.how.partial).dump()}
 
     def write_index(self, name: str, index: dict, folder: Path) -> None:
         """Writes the index of the shards."""
@@ -228,3 +335,12 @@ class _Job:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _framework(names: list[str]) -> str | None:
+    """What to write as `format`, which readers ask for as soon as a file has any metadata, where the file did not say:
+    the framework whose names these are."""
+    last = {name.rpartition(".")[2] for name in names if "/" not in name}
+    if "weight" in last:
+        return "pt"
+    return "flax" if last & {"kernel", "embedding"} else None

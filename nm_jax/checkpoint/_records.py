@@ -1,18 +1,20 @@
 """What the header of a pruned checkpoint says of its sparse tensors, so that any later reader knows their pattern.
 
-It is one string of the header's `__metadata__`, named `nm_jax`: JSON with the rules, and for each sparse tensor its
-pattern, axes, layout, and what pruning retained. Readers that do not know it ignore it.
+It is one string of the header's `__metadata__`, named `nm_jax`: JSON with the rules, for each sparse tensor its
+pattern, axes, layout, and what pruning retained, and for each dense one why it is. Readers that do not know it ignore
+it.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
+from nm_jax import __version__
 from nm_jax._core.axes import check_axes
 from nm_jax._core.patterns import Group, Pattern, parse_pattern
 from nm_jax._core.rules import Rule, Rules, SparseLeaf, parse_rules
@@ -29,7 +31,8 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
     "values+positions": (".nm_values", ".nm_positions"),
 }
 PRUNABLE = {"BF16": 2, "F16": 2, "F32": 4}  # dtypes that can be sparse, and their bytes
-_VERSION = 1
+_VERSION = 2
+_READ = (1, 2)  # versions that are read; the first has no reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Record:
       dtype: dtype of its values, as the format names it.
       shape: its shape when dense.
       layout: how it is stored: `"dense"` with zeros, `"dense+mask"` with a bit-packed mask beside it, or only its
-        values with a mask or positions (`nm_jax.checkpoint._packed`).
+        values with a mask or positions.
       kept: entries that are kept.
       retained: kept share of the l1 norm; `None` where it is not known (of a norm that is not finite, for instance).
       of_unstructured: the same, relative to the unstructured mask that keeps as many entries (the paper's Fig. 3b).
@@ -125,16 +128,43 @@ def stored_parts(record: Record, name: str) -> list[tuple[str, str, tuple[int, .
     return [values, *((part, "U8", (code_size,), code_size) for part in rest)]
 
 
-def dump(records: Mapping[str, Record], rules: Rules, partial: str) -> str:
-    """The string for the header."""
+class Said(NamedTuple):
+    """What a header says of its file.
+
+    Attributes:
+      tensors: the records of its sparse tensors.
+      dense: why the others are dense.
+      rules: the rules of the last run, as JSON.
+      partial: what it did with sizes that m does not divide.
+      by: the program that wrote it.
+    """
+
+    tensors: Mapping[str, Record]
+    dense: Mapping[str, str]
+    rules: list[Any]
+    partial: str = "skip"
+    by: str = ""
+
+    def dump(self) -> str:
+        """The string for the header."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.dense.items():
+            reasons.setdefault(reason, []).append(name)
+        table = {
+            "version": _VERSION,
+            "by": f"nm_jax {__version__}",
+            "rules": self.rules,
+            "partial": self.partial,
+            "tensors": {name: record.to_json() for name, record in self.tensors.items()},
+            "dense": reasons,
+        }
+        return json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+
+
+def rules_json(rules: Rules) -> list[Any]:
+    """Rules as plain values."""
     parsed = parse_rules(rules)
-    table = {
-        "version": _VERSION,
-        "rules": [_rule_json(rule) for rule in (parsed if isinstance(parsed, tuple) else [parsed])],
-        "partial": partial,
-        "tensors": {name: record.to_json() for name, record in records.items()},
-    }
-    return json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+    return [_rule_json(rule) for rule in (parsed if isinstance(parsed, tuple) else [parsed])]
 
 
 def _rule_json(rule: Rule | Pattern) -> str | list[str | None]:
@@ -143,24 +173,34 @@ def _rule_json(rule: Rule | Pattern) -> str | list[str | None]:
     return [rule.regex, None if rule.pattern is None else str(rule.pattern), rule.axes]
 
 
-def load(text: str | None, where: str) -> dict[str, Record]:
-    """The records of a header's string; none without one.
+def load(text: str | None, where: str) -> Said | None:
+    """What a header's string says; `None` without one.
 
     Raises:
       FormatError: if the string is not one that `dump` wrote.
     """
     if text is None:
-        return {}
+        return None
     table = parse_json(text.encode(), f"{where}: its {KEY} record")
     try:
-        if not isinstance(table, dict) or table.get("version") != _VERSION:
-            raise ValueError(f"its version is not {_VERSION}; install the nm_jax that wrote it")
-        tensors = table.get("tensors")
+        if not isinstance(table, dict) or table.get("version") not in _READ:
+            raise ValueError(f"its version is not one of {_READ}; install the nm_jax that wrote it")
+        tensors, dense, rules = table.get("tensors"), table.get("dense", {}), table.get("rules", [])
+        partial, by = table.get("partial", ""), table.get("by", "")
         if not isinstance(tensors, dict):
             raise ValueError("it has no table of tensors")
-        return {name: Record.from_json(name, record) for name, record in tensors.items()}
+        if not isinstance(dense, dict) or not all(_are_names(names) for names in dense.values()):
+            raise ValueError("its reasons are not lists of names")
+        if not isinstance(rules, list) or not isinstance(partial, str) or not isinstance(by, str):
+            raise ValueError("it does not say how it was made")
+        found = {name: Record.from_json(name, record) for name, record in tensors.items()}
+        return Said(found, {name: why for why, names in dense.items() for name in names}, rules, partial, by)
     except ValueError as error:
         raise FormatError(f"{where}: its {KEY} record is damaged ({error}); prune the checkpoint again") from None
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def rounded(value: float) -> float | None:

@@ -1,7 +1,8 @@
 """What the tensors of a checkpoint are, as tables for people and as plain values for programs."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,6 +106,30 @@ class DenseTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over all tensors of a checkpoint.
+
+    Attributes:
+      tensors: how many there are.
+      parameters: their entries.
+      pruned: entries that masks prune.
+      nbytes: bytes that the tensors take in the files.
+    """
+
+    tensors: int = 0
+    parameters: int = 0
+    pruned: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, sparse: Iterable[Record], nbytes: int) -> "Totals":
+        """Those of a checkpoint and the records of its sparse tensors."""
+        tensors = checkpoint.tensors.values()
+        entries = sum(math.prod(tensor.shape) for tensor in tensors)
+        return cls(len(tensors), entries, sum(record.size - record.kept for record in sparse), nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointReport:
     """What every tensor of a checkpoint is: print it, or ask `.ok`.
 
@@ -113,12 +138,32 @@ class CheckpointReport:
       tensors: the sparse tensors.
       dense: the others.
       seconds: time spent reading, waiting for masks ("solve") and writing; empty where nothing was pruned.
+      totals: sums over all tensors.
+      copied: files beside the tensors that were copied as they are.
+      rules: the rules that the checkpoint records, as JSON.
+      by: the program that wrote it, where it says so.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> nm.save_checkpoint(path, {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}, [("w", "1:4")])
+      >>> report = nm.verify_checkpoint(path)
+      >>> report.ok, report["w"].record.kept, report.totals.parameters
+      (True, 4, 20)
+      >>> report.dense[0].reason
+      'no rule matches'
     """
 
     path: str
     tensors: tuple[TensorReport, ...]
     dense: tuple[DenseTensor, ...]
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    totals: Totals = Totals()
+    copied: tuple[str, ...] = ()
+    rules: tuple[Any, ...] = ()
+    by: str = ""
 
     @property
     def ok(self) -> bool:
@@ -136,6 +181,10 @@ class CheckpointReport:
         table: dict[str, Any] = {
             "path": self.path,
             "ok": self.ok,
+            "by": self.by,
+            "rules": list(self.rules),
+            "totals": dataclasses.asdict(self.totals),
+            "copied": list(self.copied),
             "tensors": [tensor.to_json() for tensor in self.tensors],
             "dense": [{**dataclasses.asdict(tensor), "shape": list(tensor.shape)} for tensor in self.dense],
         }
@@ -147,7 +196,8 @@ class CheckpointReport:
 
 
 def dense_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Leaf]) -> Iterator[DenseTensor]:
-    """The tensors that rules leave dense."""
+    """The tensors that rules leave dense and that no earlier run pruned."""
     for name, leaf in leaves.items():
-        if isinstance(leaf, DenseLeaf):
-            yield DenseTensor(name, checkpoint.tensors[name].dtype, leaf.shape, leaf.reason)
+        tensor = checkpoint.tensors[name]
+        if isinstance(leaf, DenseLeaf) and tensor.record is None:
+            yield DenseTensor(name, tensor.dtype, leaf.shape, leaf.reason)

@@ -3,25 +3,22 @@
 Tensors are *logical* here: a packed one is one tensor, under the name and with the shape that it has when dense.
 """
 
-import contextlib
 import dataclasses
 import errno
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nm_jax._core.rules import DenseLeaf, Leaf, Rules, resolve
 from nm_jax.checkpoint import _records as records
-from nm_jax.checkpoint._packed import decode, put
-from nm_jax.checkpoint._records import Record
+from nm_jax.checkpoint._records import Record, Said
+from nm_jax.checkpoint._tensor import Tensor
 from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, parse_json
+from nm_jax.checkpoint._tied import together
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the bytes of a tensor that is done
@@ -29,67 +26,6 @@ Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the
 
 def no_progress(name: str, nbytes: int) -> None:
     """Nobody wants to know."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of a checkpoint.
-
-    Attributes:
-      name: its name.
-      dtype: its dtype, as the format names it.
-      shape: its shape when dense.
-      file: where it is stored.
-      record: what is known of it as a sparse tensor; `None` for one that is not recorded as sparse.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: TensorFile
-    record: Record | None
-
-    @property
-    def path(self) -> str:
-        """Its name as rules see it: '/'-joined."""
-        return self.name.replace(".", "/")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        parts = (self.name,) if self.record is None else self.record.parts(self.name)
-        return sum(self.file.entries[part].nbytes for part in parts)
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes of its dense values."""
-        return self.nbytes if self.record is None else self.record.size * records.PRUNABLE[self.dtype]
-
-    @property
-    def loadable(self) -> bool:
-        """Whether numpy has its dtype."""
-        return self.record is not None or self.file.entries[self.name].numpy_dtype is not None
-
-    @property
-    def copyable(self) -> bool:
-        """Whether its stored bytes are its dense values."""
-        return self.record is None or self.record.parts(self.name)[0] == self.name
-
-    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Its dense values, and its mask where one is stored.
-
-        Raises:
-          FormatError: if values and mask do not fit each other.
-        """
-        if self.record is None or self.record.layout == "dense":
-            return self.file.read(self.name), None
-        values, code = (self.file.read(part) for part in self.record.parts(self.name))
-        axes, positions = self.record.axes, self.record.layout == "values+positions"
-        try:
-            mask = decode(code, self.shape, axes, positions)
-            return (values if self.copyable else put(values, mask, axes)), mask
-        except ValueError as error:
-            raise FormatError(f"{self.file.path}: {self.name!r} is damaged ({error}); prune it again") from None
 
 
 class Checkpoint:
@@ -104,6 +40,7 @@ class Checkpoint:
       index: name and content of the index file; `None` without one.
       files: its files, in the order of their names.
       tensors: all tensors, by name.
+      said: how it was pruned, where it says so.
 
     Raises:
       FormatError: if any of the files is not valid, or they do not fit each other.
@@ -115,6 +52,7 @@ class Checkpoint:
         self.files: list[TensorFile] = []
         self.tensors: dict[str, Tensor] = {}
         self.index: tuple[str, dict[str, Any]] | None = None
+        self.said: Said | None = None
         found = _find(self.path)
         if found.name.endswith(".json"):
             self.index = (found.name, _read_index(found))
@@ -138,7 +76,9 @@ class Checkpoint:
         return {name: tensor.record for name, tensor in self.tensors.items() if tensor.record is not None}
 
     def _add(self, file: TensorFile) -> None:
-        known = records.load(file.metadata.get(records.KEY), str(file.path))
+        said = records.load(file.metadata.get(records.KEY), str(file.path))
+        known = {} if said is None else said.tensors
+        self.said = said if self.said is None else self.said
         owners = {part: name for name, record in known.items() for part in record.parts(name)}
         for name, record in known.items():
             _check_parts(file, name, record)
@@ -152,7 +92,8 @@ class Checkpoint:
             if name in self.tensors:
                 raise FormatError(f"{file.path}: the tensor {name!r} is there twice; write the checkpoint again")
             dtype, shape = (entry.dtype, entry.shape) if found is None else (found.dtype, found.shape)
-            self.tensors[name] = Tensor(name, dtype, shape, file, found)
+            reason = "" if said is None else said.dense.get(name, "")
+            self.tensors[name] = Tensor(name, dtype, shape, file, found, reason)
 
     def _check_names(self) -> None:
         if self.index is not None:
@@ -184,19 +125,25 @@ class Checkpoint:
             raise ValueError(f"{self.path}: no tensor is {', '.join(records.PRUNABLE)}; there is nothing to prune")
         for path, leaf in zip(shapes, resolved, strict=True):
             leaves[paths[path]] = dataclasses.replace(leaf, path=paths[path])
-        return leaves
+        return together(self.tensors, leaves)
 
 
 def _find(path: Path) -> Path:
     """The file that a path means."""
-    if path.is_dir():
-        indices = sorted(path.glob("*" + _INDEX_SUFFIX))
-        found = indices or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            listed = ", ".join(file.name for file in found[:5]) or "none"
-            raise FormatError(f"{path}: a folder with one index or one safetensors file is expected, found: {listed}")
+    if not path.is_dir():
+        return path
+    indices = sorted(path.glob("*" + _INDEX_SUFFIX))
+    found = indices or sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
         return found[0]
-    return path
+    expected = f"{path}: a folder with one index or one safetensors file is expected"
+    if found:
+        kind = "indices" if indices else "files without an index"
+        listed = ", ".join(file.name for file in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise FormatError(f"{expected}, and these are {len(found)} {kind}: {listed}; give the path of one of them")
+    below = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
+    hint = f"there are some in its folders {', '.join(below)}: give one of these" if below else "there is none"
+    raise FormatError(f"{expected}; {hint}")
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -221,42 +168,3 @@ def _check_parts(file: TensorFile, name: str, record: Record) -> None:
         entry = file.entries.get(part)
         if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
             raise FormatError(f"{file.path}: {part!r} is not as its record says; prune the checkpoint again")
-
-
-@contextlib.contextmanager
-def written_beside(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A path to write to, which gets the name of the target when the block ends, and is removed if it fails.
-
-    Raises:
-      OSError: if the target exists, or its folder does not.
-    """
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        if folder:
-            beside.mkdir()
-        yield beside
-        os.rename(beside, target)
-        _sync(target.parent)
-    except OSError as error:
-        if error.filename in (None, str(beside)):
-            error.filename = str(target)  # the name that was asked for
-        raise
-    finally:
-        if folder:
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -229,6 +229,14 @@ class TensorFile:
             flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(-1)
         return flat.view(entry.numpy_dtype).reshape(entry.shape)
 
+    def start(self, name: str, count: int) -> bytes:
+        """The first bytes of one tensor, as many as there are."""
+        entry = self.entries[name]
+        found = bytearray(min(count, entry.nbytes))
+        with self._open() as file:
+            self._fill(file, entry.start, found)
+        return bytes(found)
+
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor, piece by piece, to copy them. A piece is valid until the next one is taken."""
         entry = self.entries[name]

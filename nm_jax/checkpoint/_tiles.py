@@ -6,8 +6,10 @@ cut on the host, and solved in chunks of one shape: a solver is compiled once fo
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import cast
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,12 @@ from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.axes import Tiling
 from nm_jax._core.nonzero import as_bits
-from nm_jax._core.patterns import Pattern
+from nm_jax._core.patterns import Pattern, Unstructured
 from nm_jax._core.rules import SparseLeaf
 from nm_jax.solvers import Proof, Solver
 
 _CHUNK = 1 << 18  # entries of a chunk
+_RUNNING = 4  # chunks that the device may have before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +43,41 @@ class Found:
     proof: Proof
 
 
-def find_mask(weight: Float[np.ndarray, "..."], leaf: SparseLeaf, solver: Solver) -> Found:
-    """The mask that keeps the most of the magnitude of a weight.
+def find_mask(
+    weight: Float[np.ndarray, "*shape"],
+    leaf: SparseLeaf,
+    solver: Solver,
+    scores: Float[np.ndarray, "*shape"] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Found:
+    """The mask that keeps the most of the magnitude of a weight, or of given scores.
 
     Raises:
-      ValueError: if the weight holds NaN.
+      CancelledError: as soon as `stopped` says so.
+      ValueError: if the weight, or the scores, hold NaN.
     """
     cut = _Cut(leaf.tiling)
-    tiles = cut.tiles(as_bits(weight)).view(weight.dtype)
+    tiles = cut.tiles(as_bits(weight)).view(weight.dtype) if scores is None else cut.tiles(scores)
     valid = cut.tiles(np.ones(weight.shape, bool)) if leaf.tiling.ragged else None
-    parts = [_solve(solver, leaf.pattern, _scores(chunk), shown) for chunk, shown in _chunks(tiles, valid)]
-    parts = jax.device_get(parts)
+    parts: list[Any] = []
+    running: deque[Any] = deque()
+    for chunk, shown in _chunks(tiles, valid):
+        if stopped():
+            raise CancelledError
+        running.append(_solve(solver, leaf.pattern, _scores(chunk) if scores is None else chunk, shown))
+        if len(running) > _RUNNING:
+            parts.append(jax.device_get(running.popleft()))
+    parts += jax.device_get(list(running))
     masks, retained, totals, nans, proofs = zip(*parts, strict=True)
     if any(nans):
-        raise ValueError("it holds NaN")
-    mask = np.concatenate(masks, axis=2)[:, :, : tiles.shape[2]]
-    return Found(
-        cut.leaf(mask),
-        float(np.sum(retained, dtype=np.float64)),
-        float(np.sum(totals, dtype=np.float64)),
-        jax.tree.map(lambda *sums: np.sum(sums, dtype=np.float64), *proofs),
-    )
+        raise ValueError("it holds NaN" if scores is None else "its scores hold NaN")
+    mask = cut.leaf(np.concatenate(masks, axis=2)[:, :, : tiles.shape[2]])
+    kept, total = (float(np.sum(sums, dtype=np.float64)) for sums in (retained, totals))
+    if scores is not None:
+        kept, total = norm(weight[mask]), norm(weight)
+        if np.isnan(total):
+            raise ValueError("it holds NaN")
+    return Found(mask, kept, total, jax.tree.map(lambda *sums: np.sum(sums, dtype=np.float64), *proofs))
 
 
 @jax.jit
@@ -77,6 +94,8 @@ def _solve(solver: Solver, pattern: Pattern, scores: Array, valid: Array | None)
 
 def broken_tiles(kept: Bool[np.ndarray, "..."], leaf: SparseLeaf) -> int:
     """How many tiles do not have the pattern."""
+    if isinstance(leaf.pattern, Unstructured):  # one tile, which may have more entries than an int32 counts
+        return int(np.count_nonzero(kept) > leaf.pattern.kept(kept.size))
     tiles = _Cut(leaf.tiling).tiles(kept)
     return sum(int(count) for count in jax.device_get([_broken(leaf.pattern, chunk) for chunk, _ in _chunks(tiles)]))
 

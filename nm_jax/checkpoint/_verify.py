@@ -1,6 +1,7 @@
 """Checking that a checkpoint really has the pattern that it should have."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from nm_jax._core.axes import Tiling
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import DenseLeaf, Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint._records import Record, rounded
-from nm_jax.checkpoint._reports import Checked, CheckpointReport, TensorReport, dense_tensors
-from nm_jax.checkpoint._store import Checkpoint, Progress, Tensor, no_progress
+from nm_jax.checkpoint._reports import Checked, CheckpointReport, TensorReport, Totals, dense_tensors
+from nm_jax.checkpoint._store import Checkpoint, Progress, no_progress
+from nm_jax.checkpoint._tensor import Tensor
 from nm_jax.checkpoint._tensorfile import FormatError
 from nm_jax.checkpoint._tiles import broken_tiles, largest_sum, norm
 
@@ -43,6 +45,17 @@ def verify_checkpoint(
       FormatError: if a file is damaged.
       OSError: if it cannot be read.
       ValueError: for rules that do not fit, or none where the checkpoint has no record.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> nm.save_checkpoint(path, {"w": np.eye(4, dtype=np.float32)}, [("w", "1:4-T")])
+      >>> nm.verify_checkpoint(path).ok
+      True
+      >>> nm.verify_checkpoint(path)["w"].violations()
+      {'tiles': 0, 'outside_mask': 0, 'contraction': 0, 'output': 0}
     """
     examination = Examination(path, rules, partial, dense)
     reports = []
@@ -50,6 +63,9 @@ def verify_checkpoint(
         reports.append(seen.report)
         progress(seen.report.name, seen.weight.nbytes)
     return examination.report(reports)
+
+
+_ROWS = 256  # of tiles, whose groups are counted at once
 
 
 class Seen(NamedTuple):
@@ -95,8 +111,16 @@ class Examination:
 
     def report(self, tensors: list[TensorReport]) -> CheckpointReport:
         """The reports of all its tensors as one."""
+        checkpoint = self.checkpoint
+        stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        said = checkpoint.said
         return CheckpointReport(
-            str(self.checkpoint.path), tuple(tensors), tuple(dense_tensors(self.checkpoint, self.leaves))
+            str(checkpoint.path),
+            tuple(tensors),
+            tuple(dense_tensors(checkpoint, self.leaves)),
+            totals=Totals.of(checkpoint, [tensor.record for tensor in tensors], stored),
+            rules=() if said is None else tuple(said.rules),
+            by="" if said is None else said.by,
         )
 
     def _record(self, tensor: Tensor, leaf: SparseLeaf, kept: int) -> Record:
@@ -130,7 +154,9 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Leaf]:
         raise ValueError(f"{checkpoint.path}: no pattern is recorded in it; say which one it should have (--pattern)")
     dense = "no pattern is recorded"
     return {
-        name: DenseLeaf(name, tensor.shape, dense) if tensor.record is None else tensor.record.leaf(name)
+        name: DenseLeaf(name, tensor.shape, tensor.reason or dense)
+        if tensor.record is None
+        else tensor.record.leaf(name)
         for name, tensor in checkpoint.tensors.items()
     }
 
@@ -143,7 +169,11 @@ def _groups(kept: np.ndarray, leaf: SparseLeaf) -> tuple[tuple[int, ...], tuple[
 
     def along(rows: int, cols: int) -> tuple[int, ...]:
         groups = Tiling(leaf.shape, leaf.axes, rows, cols).split(kept)
-        counts = np.sum(groups, axis=(0, 1), dtype=np.uint16)
-        return tuple(int(count) for count in np.bincount(counts.reshape(-1), minlength=m + 1))
+        found = np.zeros(m + 1, np.int64)
+        # A part at a time: counts take more memory than a mask, and a long sum would not be interrupted.
+        for batch, start in itertools.product(range(groups.shape[2]), range(0, groups.shape[3], _ROWS)):
+            counts = np.sum(groups[:, :, batch, start : start + _ROWS], axis=(0, 1), dtype=np.uint16)
+            found += np.bincount(counts.reshape(-1), minlength=m + 1)
+        return tuple(map(int, found))
 
     return along(m, 1), along(1, m)

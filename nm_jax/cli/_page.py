@@ -13,7 +13,7 @@ import numpy as np
 
 from nm_jax._core.axes import Tiling
 from nm_jax.checkpoint import CheckpointReport, TensorReport
-from nm_jax.checkpoint._store import written_beside
+from nm_jax.checkpoint._folder import written_beside
 from nm_jax.checkpoint._verify import Seen
 
 _SHOWN = 3  # tensors that are shown when none are chosen

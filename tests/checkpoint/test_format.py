@@ -115,7 +115,10 @@ def test_records_that_are_damaged(tmp_path):
     tensors = load_file(tmp_path / "out")
     tensor = record["tensors"]["a.weight"]
     broken = [
-        {"version": 2},
+        {"version": 3},
+        {"dense": 3},
+        {"dense": {"why": "b.weight"}},
+        {"rules": "2:4"},
         {"tensors": 3},
         *(
             {"tensors": {"a.weight": {**tensor, **change}}}

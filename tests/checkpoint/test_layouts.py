@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import nm_jax as nm
 from nm_jax.checkpoint import _packed as packed
+from nm_jax.checkpoint import unpack_checkpoint
 from tests.checkpoint.cases import DTYPES, LAYOUTS, PRUNED, bits, normal
 from tests.helpers import worst_group
 
@@ -120,5 +121,55 @@ def test_pruning_what_was_packed_before(model, tmp_path):
     assert set(after) == set(dense)
     np.testing.assert_array_equal(after["conv.weight"], dense["conv.weight"])
     assert worst_group(after["layers.0.weight"], 1, 4) == 1
-    assert {tensor.name for tensor in report.tensors} == {"layers.0.weight", "params.Dense_0.kernel"}
+    patterns = {tensor.name: str(tensor.record.pattern) for tensor in report.tensors}
+    assert patterns == {"layers.0.weight": "1:4", "params.Dense_0.kernel": "1:4", "conv.weight": "2:4"}
     assert nm.verify_checkpoint(tmp_path / "second").ok
+
+
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS], ids=["dense", "packed", "masks"])
+@pytest.mark.parametrize("first", [{}, *LAYOUTS], ids=["from_dense", "from_packed", "from_masks"])
+def test_a_second_run_keeps_the_records_of_the_first(tmp_path, first, layout):
+    """What it does not prune keeps its pattern, and is verified still."""
+    tensors = {"attn.weight": normal(0, (8, 16)), "mlp.weight": normal(1, (8, 16)), "b.weight": normal(2, (8, 16))}
+    save_file(tensors, tmp_path / "in")
+    nm.prune_checkpoint(tmp_path / "in", tmp_path / "one", [("attn", "2:4-T")], **first)
+    once = nm.verify_checkpoint(tmp_path / "one")["attn.weight"].record
+    report = nm.prune_checkpoint(tmp_path / "one", tmp_path / "two", [("attn", None), ("mlp", "1:4")], **layout)
+    patterns = {tensor.name: str(tensor.record.pattern) for tensor in report.tensors}
+    assert patterns == {"attn.weight": "2:4-T", "mlp.weight": "1:4"}
+    verified = nm.verify_checkpoint(tmp_path / "two")
+    assert verified.ok
+    assert {tensor.name: str(tensor.record.pattern) for tensor in verified.tensors} == patterns
+    assert verified["attn.weight"].record.retained == once.retained
+    assert [(tensor.name, tensor.reason) for tensor in verified.dense] == [("b.weight", "no rule matches")]
+    before, after = (nm.load_checkpoint(tmp_path / name)[0]["attn.weight"] for name in ("one", "two"))
+    np.testing.assert_array_equal(before, after)
+    masked = "keep_masks" in layout or ("keep_masks" in first and not layout)
+    assert ("attn.weight.nm_mask" in load_file(tmp_path / "two")) == masked
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "masks"])
+def test_unpacking(model, tmp_path, layout):
+    path, _ = model
+    nm.prune_checkpoint(path, tmp_path / "dense", "2:4")
+    nm.prune_checkpoint(path, tmp_path / "other", "2:4", **layout)
+    unpack_checkpoint(tmp_path / "other", tmp_path / "again")
+    expected, found = load_file(tmp_path / "dense"), load_file(tmp_path / "again")
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(bits(found[name]), bits(array))
+    one, other = (nm.verify_checkpoint(tmp_path / name).to_json() for name in ("dense", "again"))
+    assert {**one, "path": ""} == {**other, "path": ""}
+    with pytest.raises(ValueError, match="nothing to unpack"):
+        unpack_checkpoint(path, tmp_path / "more")
+
+
+def test_a_carried_tensor_with_fewer_than_two_of_four_is_packed_with_its_mask(tmp_path):
+    weight = np.zeros((8, 16), np.float32)
+    weight[:, ::4] = 1
+    save_file({"attn.weight": weight, "mlp.weight": normal(1, (8, 16))}, tmp_path / "in")
+    nm.prune_checkpoint(tmp_path / "in", tmp_path / "one", [("attn", "2:4")])
+    nm.prune_checkpoint(tmp_path / "one", tmp_path / "two", [("mlp", "2:4")], packed=True)
+    assert {"attn.weight.nm_mask", "mlp.weight.nm_positions"} < set(load_file(tmp_path / "two"))
+    np.testing.assert_array_equal(nm.load_checkpoint(tmp_path / "two")[0]["attn.weight"], weight)
+    assert nm.verify_checkpoint(tmp_path / "two").ok

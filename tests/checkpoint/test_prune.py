@@ -91,7 +91,7 @@ def test_the_best_mask_is_found(axes, dtype):
     assert magnitude[found.mask].sum() == pytest.approx(best, rel=1e-6)
     assert found.retained == pytest.approx(best, rel=1e-6)
     assert found.total == pytest.approx(magnitude.sum(), rel=1e-6)
-    assert found.gap == 0
+    assert found.proof.proved and found.proof.gap == 0
     count = int(found.mask.sum())
     largest = np.sort(magnitude, axis=None)[-count:].sum()
     assert tiles.largest_sum(weight, count) == pytest.approx(largest, rel=1e-6)
