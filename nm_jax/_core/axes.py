@@ -137,3 +137,30 @@ def matrix_groups(mask: Shaped[Array, "..."], axes: str, m: int) -> tuple[Array,
     contraction = Tiling(mask.shape, axes, m, 1).split(mask)
     output = Tiling(mask.shape, axes, 1, m).split(mask)
     return jnp.sum(contraction, axis=(0, 1)), jnp.sum(output, axis=(0, 1))
+
+
+def same_groups(shape: tuple[int, ...], axes: str, others: str, pattern: Pattern) -> bool:
+    """Whether a pattern groups a leaf alike along both axes, so that a mask for one is a mask for the other.
+
+    `iiio` and `bbio` are the same groups where m divides the innermost `i`; of a pattern of single columns, only what
+    is contracted matters; and with transposable patterns inputs and outputs may change places.
+    """
+    if pattern.tile is None:
+        return True
+    rows, cols = pattern.tile
+    swapped = others.translate(str.maketrans("io", "oi"))
+    ours = _groups(shape, axes, rows, cols)
+    return ours == _groups(shape, others, rows, cols) or (rows == cols and ours == _groups(shape, swapped, rows, cols))
+
+
+def _groups(shape: tuple[int, ...], axes: str, rows: int, cols: int) -> str:
+    """The axes, with `b` for all that no group or block runs along and `-` for dimensions of size 1."""
+    letters = list(axes)
+    for letter, tile in (("i", rows), ("o", cols)):
+        run = 1
+        for k in reversed(range(len(shape))):
+            if axes[k] == letter and run % tile == 0:
+                letters[k] = "b"  # whole tiles fit into the dimensions within
+            elif axes[k] == letter:
+                run *= shape[k]
+    return "".join("-" if size == 1 else letter for size, letter in zip(shape, letters, strict=True))

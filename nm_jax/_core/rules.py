@@ -2,14 +2,15 @@
 
 Rules are one of
 
-- a pattern or its string (`"2:4-T"`): every leaf whose axes the frameworks' own names tell;
+- a pattern or its string (`"2:4-T"`): every leaf whose axes its module, its name and its siblings tell;
 - a `Plan` (`nm_jax.plan`), which was read off a model;
 - a sequence of `(path regex, pattern or None, optional axes)`: the first whose regex is found in the path decides,
   and a leaf that none matches stays dense, unless the last of the sequence is a bare pattern, which takes the leaves
   that no rule matches as it would alone: `[("head", None), "2:4-T"]`.
 
-Paths are the '/'-joined keys of a leaf, without a leading `params` and without the `value` that Flax NNX appends, so
-that one rule fits the same layer everywhere.
+What is known of a leaf without axes comes from the class of its module where the tree has it (`modules`), else from
+its name, its shape and the leaves beside it (`names`). A name that says nothing leaves a leaf dense; layers of the
+frameworks whose axes have two readings are an error, which names all of them and says what to write.
 """
 
 import abc
@@ -21,11 +22,15 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from nm_jax._core.axes import Tiling, check_axes
+from nm_jax._core.modules import by_class
+from nm_jax._core.names import Siblings, by_name
+from nm_jax._core.paths import Located, located, words
+from nm_jax._core.paths import empty as empty
 from nm_jax._core.patterns import Pattern, parse_pattern
+from nm_jax._core.verdicts import Doubt, Known, Stays, Verdict, settled
 
 
 class Rule(NamedTuple):
@@ -66,13 +71,15 @@ class SparseLeaf:
       path: '/'-joined keys.
       shape: its shape.
       pattern: its pattern.
-      axes: one letter per dimension (`nm_jax.axes`).
+      axes: one letter per dimension: `i` contracted, `o` output, `b` batch.
+      source: on what the axes rest: a trace, a rule, the class of its module, its name, its bias.
     """
 
     path: str
     shape: tuple[int, ...]
     pattern: Pattern
     axes: str
+    source: str = dataclasses.field(default="", compare=False)
 
     @property
     def tiling(self) -> Tiling:
@@ -98,21 +105,7 @@ class DenseLeaf:
 Leaf: TypeAlias = SparseLeaf | DenseLeaf
 
 
-# Leaf names of the frameworks, and what their dimensions are. The first that is found decides; a number of dimensions
-# that it does not list is ambiguous beyond two, because rank alone never decides there.
-_CONVENTIONS: tuple[tuple[str, dict[int, str]], ...] = (
-    (r"(^|/)(query|key|value)/kernel$", {2: "io", 3: "ioo"}),
-    (r"(^|/)out/kernel$", {2: "io", 3: "iio"}),
-    (r"(^|/)kernel$", {2: "io", 4: "bbio"}),
-    (r"(^|/)weight$", {2: "oi", 4: "oibb"}),
-)
-_EMBEDDING = r"(^|/)embedding$|embed[^/]*/weight$"
 _LISTED = 12  # paths named in an error
-
-
-def empty(node: Any) -> bool:
-    """Whether a node of a tree stands for 'no leaf here': `None`, or what `optax.masked` puts in its place."""
-    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def path_of(keys: Iterable[Any]) -> str:
@@ -134,7 +127,12 @@ def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
         return parse_pattern(rules)
     if isinstance(rules, LeafRules):
         return rules.as_rules()
-    if not isinstance(rules, Sequence) or not rules:
+    if any(is_array(leaf) for leaf in jax.tree.leaves(rules)):
+        raise ValueError(
+            "rules must be a pattern like '2:4-T', a plan, or a list of (regex, pattern), got a tree of arrays "
+            f"({type(rules).__name__}): are these masks or parameters?"
+        )
+    if not isinstance(rules, Sequence) or isinstance(rules, bytes) or not rules:
         raise ValueError(f"rules must be a pattern like '2:4-T' or a list of (regex, pattern), got {rules!r}")
     parsed = []
     for k, rule in enumerate(rules):
@@ -144,9 +142,11 @@ def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) not in (2, 3):
             raise ValueError(f"a rule is (path regex, pattern or None, optional axes), got {rule!r}")
         regex, pattern, axes = (*rule, None)[:3]
+        if not isinstance(regex, str):
+            raise ValueError(f"the path regex of a rule is a string, got {regex!r} in {rule!r}")
         try:
             re.compile(regex)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(f"the rule {rule!r} has no valid regular expression: {error}") from None
         parsed.append(
             Rule(
@@ -158,7 +158,7 @@ def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
     return tuple(parsed)
 
 
-def resolve(tree: Any, rules: Rules, partial: str = "skip") -> list[Leaf]:
+def resolve(tree: Any, rules: Rules, partial: str = "skip", floating: bool = True) -> list[Leaf]:
     """What the rules say of every leaf of a tree, in the order of `jax.tree.leaves`.
 
     Args:
@@ -166,63 +166,123 @@ def resolve(tree: Any, rules: Rules, partial: str = "skip") -> list[Leaf]:
       rules: see the module.
       partial: what to do with a leaf whose sizes m does not divide: `"skip"` it and say so, `"pad"` (edge tiles hold
         at most n), or `"error"`.
+      floating: whether a sparse leaf must be floating point (or a mask).
 
     Raises:
-      ValueError: for a rule that matches nothing, a leaf whose axes its name does not tell, axes that do not fit,
-        a leaf that is not floating point, or when no leaf at all becomes sparse.
+      ValueError: for a rule that matches nothing, layers whose axes cannot be told (all of them in one message), axes
+        that do not fit, a leaf that is not floating point, two leaves with one path, or when no leaf becomes sparse.
     """
     if partial not in ("skip", "pad", "error"):
         raise ValueError(f"partial must be 'skip', 'pad' or 'error', got {partial!r}")
     if isinstance(rules, LeafRules):
         return rules.resolve(tree, partial)
     parsed = parse_rules(rules)
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is None)[0]
-    paths = [path_of(keys) for keys, _ in nodes]
-    present = [(path, leaf) for path, (_, leaf) in zip(paths, nodes, strict=True) if leaf is not None]
+    nodes = located(tree, is_leaf=lambda node: node is None)
+    present = [node for node in nodes if node.value is not None]
     if not present:
         return []
     if not isinstance(parsed, Pattern):
-        for rule in parsed:
-            if not any(re.search(rule.regex, path) for path in paths):
-                raise ValueError(f"the rule {rule.regex!r} matches none of the paths: {_listing(paths)}")
-    leaves = [_resolve_leaf(path, leaf, parsed, partial) for path, leaf in present]
+        check_matches(parsed, [node.path for node in nodes])
+    siblings = Siblings({node.path: tuple(node.value.shape) for node in present if is_array(node.value)})
+    found = [_resolve_leaf(node, parsed, siblings, partial, floating) for node in present]
+    if doubts := [leaf for leaf in found if isinstance(leaf, _Open)]:
+        raise ValueError(_ask(doubts))
+    leaves = [leaf for leaf in found if not isinstance(leaf, _Open)]
     wanted = isinstance(parsed, Pattern) or any(rule.pattern is not None for rule in parsed)
     dense = [leaf for leaf in leaves if isinstance(leaf, DenseLeaf)]
     if wanted and len(dense) == len(leaves):
         why = _listing([f"{leaf.path} {leaf.shape}: {leaf.reason}" for leaf in dense])
-        raise ValueError(f"no parameter becomes sparse; write rules like [(path regex, pattern, axes)] for: {why}")
+        raise ValueError(
+            "no parameter becomes sparse; read the axes off the model with nm_jax.plan(apply, params, *inputs, "
+            f"pattern=...), or write rules like [(path regex, pattern, axes)] for: {why}"
+        )
     return leaves
 
 
-def _resolve_leaf(path: str, leaf: Any, rules: Pattern | tuple[Rule, ...], partial: str) -> Leaf:
-    if not isinstance(leaf, Array | np.ndarray | jax.ShapeDtypeStruct):
+def check_matches(rules: Sequence[Rule], paths: Sequence[str]) -> None:
+    """A ValueError for a rule that matches none of the paths."""
+    for rule in rules:
+        if not any(re.search(rule.regex, path) for path in paths):
+            raise ValueError(f"the rule {rule.regex!r} matches none of the paths: {_listing(paths)}")
+
+
+class _Open(NamedTuple):
+    """A leaf that should become sparse, and why its axes cannot be told."""
+
+    path: str
+    shape: tuple[int, ...]
+    pattern: Pattern
+    doubt: Doubt
+
+
+def _ask(doubts: list[_Open]) -> str:
+    """What to do about leaves whose axes cannot be told."""
+    first, pattern = doubts[0], str(doubts[0].pattern)
+    rules = [f"({f'^{re.escape(d.path)}$'!r}, {str(d.pattern)!r}, {d.doubt.readings[0]!r})" for d in doubts]
+    which = [f"{d.path} {d.shape} ({d.doubt.why})" for d in doubts]
+    others = f", and so it is for {len(doubts) - 1} more" if len(doubts) > 1 else ""
+    return (
+        f"{first.path}: which of the dimensions {first.shape} are contracted is ambiguous{others}. Read the axes off "
+        f"the model: nm_jax.plan(apply, params, *inputs, pattern={pattern!r}) goes where rules go. Or give rules, with "
+        "one letter per dimension (i contraction, o output, b batch) or with None for the pattern of a leaf that stays "
+        f"dense, in the form [{', '.join(rules[:_LISTED])}, {pattern!r}]. Open: {_listing(which)}"
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype that can be sparse."""
+    return isinstance(leaf, Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _resolve_leaf(
+    node: Located, rules: Pattern | tuple[Rule, ...], siblings: Siblings, partial: str, floating: bool
+) -> Leaf | _Open:
+    path, leaf = node.path, node.value
+    if not is_array(leaf):
         return DenseLeaf(path, (), f"not an array but {type(leaf).__name__}")
     shape = tuple(leaf.shape)
     axes: str | None
     if isinstance(rules, Pattern):
-        pattern, axes, explicit = rules, None, False
+        pattern, axes, explicit, source = rules, None, False, ""
     else:
         rule = next((rule for rule in rules if re.search(rule.regex, path)), None)
         if rule is None:
             return DenseLeaf(path, shape, "no rule matches")
         if rule.pattern is None:
             return DenseLeaf(path, shape, f"by the rule {rule.regex!r}")
-        pattern, axes, explicit = rule.pattern, rule.axes, not rule.by_name
+        pattern, axes, explicit, source = rule.pattern, rule.axes, not rule.by_name, f"the rule {rule.regex!r}"
         if axes is not None and len(axes) != len(shape):
             raise ValueError(
                 f"{path}: the rule {rule.regex!r} gives axes {axes!r}, but the shape {shape} has {len(shape)} "
                 "dimensions; write one letter per dimension"
             )
     if axes is None:
-        axes, reason = _axes_by_name(path, shape, pattern, explicit)
-        if axes is None:
-            return DenseLeaf(path, shape, reason)
-    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.bool_):
+        verdict = settled(_verdict(node, shape, siblings, explicit), pattern.tile)
+        if isinstance(verdict, Stays):
+            return DenseLeaf(path, shape, verdict.reason)
+        if isinstance(verdict, Doubt):
+            return _Open(path, shape, pattern, verdict)
+        axes, source = verdict.axes, verdict.source
+    if floating and not (jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.bool_):
         raise ValueError(f"{path}: {pattern} needs floating point weights, got {leaf.dtype}; add ({path!r}, None)")
-    return fit(path, shape, pattern, axes, partial)
+    return fit(path, shape, pattern, axes, partial, source)
 
 
-def fit(path: str, shape: tuple[int, ...], pattern: Pattern, axes: str, partial: str) -> Leaf:
+def _verdict(node: Located, shape: tuple[int, ...], siblings: Siblings, explicit: bool) -> Verdict:
+    """What is known of a leaf without axes. `explicit`: a rule asks for it."""
+    if len(shape) < 2:
+        return Stays(f"{len(shape)}-D: no contraction and output axes")
+    verdict = by_class(node.owner, words(node.path)[-1], shape) or by_name(node.path, shape, siblings)
+    if verdict is not None:
+        return verdict
+    if not explicit:
+        return Stays("its name does not tell its axes (use nm_jax.plan, or write a rule)")
+    if len(shape) == 2:
+        return Known("io", "the rule, which gives no axes: (in, out) as everywhere in JAX")
+    return Doubt(("b" * (len(shape) - 2) + "io",), "its name says nothing")
+
+
+def fit(path: str, shape: tuple[int, ...], pattern: Pattern, axes: str, partial: str, source: str = "") -> Leaf:
     """The leaf with its pattern, or dense if its sizes do not allow it.
 
     Raises:
@@ -239,28 +299,9 @@ def fit(path: str, shape: tuple[int, ...], pattern: Pattern, axes: str, partial:
                     f"pass partial='pad' or 'skip', or add the rule ({path!r}, None)"
                 )
             return DenseLeaf(path, shape, f"{axis} size {size} is not a multiple of {tile}")
-    return SparseLeaf(path, shape, pattern, axes)
+    return SparseLeaf(path, shape, pattern, axes, source)
 
 
-def _axes_by_name(path: str, shape: tuple[int, ...], pattern: Pattern, explicit: bool) -> tuple[str | None, str]:
-    """(axes, "") or (None, why the leaf stays dense)."""
-    if len(shape) < 2:
-        return None, f"{len(shape)}-D: no contraction and output axes"
-    if re.search(_EMBEDDING, path):
-        return None, "an embedding is looked up, not contracted (give axes to prune it)"
-    convention = next((axes for regex, axes in _CONVENTIONS if re.search(regex, path)), None)
-    if convention is None and not explicit:
-        return None, "its name does not tell its axes (write a rule)"
-    known = {2: "io"} if convention is None else convention
-    if len(shape) in known:
-        return known[len(shape)], ""
-    raise ValueError(
-        f"{path}: which of the dimensions {shape} are contracted is ambiguous; add a rule with one letter per "
-        f"dimension (i contraction, o output, b batch), like ({path!r}, {str(pattern)!r}, "
-        f"{'b' * (len(shape) - 2) + 'io'!r}), or ({path!r}, None)"
-    )
-
-
-def _listing(items: list[str]) -> str:
+def _listing(items: Sequence[str]) -> str:
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return "; ".join(items[:_LISTED]) + more

@@ -64,7 +64,6 @@ def test_reasons_of_what_stays_dense(model, tmp_path):
         ("a.weight", (8, 12, 3, 3), "2:4", 1),
         ("a.kernel", (8, 12), "2:4", 0),
         ("a.kernel", (3, 3, 8, 12), "2:4", 2),
-        ("a.query.kernel", (8, 4, 6), "2:4", 0),
         ("a.weight", (8, 12), [("a/weight", "2:4", "io")], 0),
         ("experts", (3, 8, 12), [("experts", "2:4", "boi")], 2),
         ("a.w", (8, 12), [("w", "2:4")], 0),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nm_jax import NM, TransposableNM, Unstructured
-from nm_jax._core.axes import Tiling, check_axes, matrix_groups
+from nm_jax import NM, TransposableNM, Unstructured, parse_pattern
+from nm_jax._core.axes import Tiling, check_axes, matrix_groups, same_groups
 
 SPECS = ["io", "oi", "bbio", "ioo", "iio", "bio", "oibb", "oib", "iiio", "obi", "i", "ib", "ibo", "bob" + "i", "iioo"]
 
@@ -69,6 +69,29 @@ def test_groups_are_counted_along_both_axes():
     assert output.max() == 4
     contraction, output = matrix_groups(jnp.asarray(mask), "oi", 4)
     assert (contraction.max(), output.max()) == (4, 3)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "US-0.5"])
+@pytest.mark.parametrize("shape", [(4, 2, 4), (2, 4, 8), (4, 4, 6), (1, 8, 4)])
+def test_the_same_groups_are_told_by_their_entries(shape, pattern):
+    """Against the sets of entries that share a tile; where sizes are not whole tiles, some hold fewer."""
+    pattern = parse_pattern(pattern)
+    index = np.arange(np.prod(shape)).reshape(shape)
+
+    def tiles(axes):
+        tiling = Tiling.of(shape, axes, pattern)
+        if tiling.ragged:
+            return None
+        cut = np.asarray(tiling.split(index)).reshape(tiling.rows, tiling.cols, -1)
+        lines = [*np.moveaxis(cut, -1, 0).swapaxes(1, 2).reshape(-1, tiling.rows)]
+        if tiling.cols > 1:
+            lines += [*np.moveaxis(cut, -1, 0).reshape(-1, tiling.cols)]
+        return {frozenset(map(int, line)) for line in lines}
+
+    letters = ["".join(axes) for axes in itertools.product("iob", repeat=3)]
+    whole = [axes for axes in letters if "i" in axes and tiles(axes)]
+    for axes, others in itertools.product(whole, whole):
+        assert same_groups(shape, axes, others, pattern) == (tiles(axes) == tiles(others)), (axes, others)
 
 
 @pytest.mark.parametrize(

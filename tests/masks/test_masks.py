@@ -37,7 +37,8 @@ def test_masks_have_the_pattern_along_the_right_axes():
 
 def test_flattened_heads_and_pytorch_layout():
     query = jax.random.normal(jax.random.key(0), (8, 4, 6))
-    mask = nm.compute_masks({"query": {"kernel": query}}, "2:4-T")["query"]["kernel"]
+    params = {"query": {"kernel": query, "bias": jnp.ones((4, 6))}}
+    mask = nm.compute_masks(params, "2:4-T")["query"]["kernel"]
     assert check_mask(mask.reshape(8, 24), nm.TransposableNM(2, 4))
     weight = jax.random.normal(jax.random.key(1), (8, 16))
     mask = nm.compute_masks({"weight": weight}, "2:4")["weight"]
