@@ -111,3 +111,9 @@ def modules_after(program):
 
 def test_importing_the_library_loads_nothing_heavy():
     assert not {"jax", "numpy", "optax", "scipy"} & modules_after("import nm_jax")
+
+
+def test_solvers_on_the_host_load_scipy_when_they_solve():
+    program = "import jax.numpy as jnp, nm_jax as nm; nm.solve(jnp.ones((4, 4)), '2:4-T', {})"
+    assert "scipy.optimize._lsap" not in modules_after(program.format(None))
+    assert "scipy.optimize._lsap" in modules_after(program.format("nm.solvers.MinCostFlow()"))

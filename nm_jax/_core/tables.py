@@ -1,6 +1,26 @@
 """Tables as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def row_of(rows: Iterable[Row], name: str, where: str, key: str = "path") -> Row:
+    """The row whose attribute `key` is `name`.
+
+    Raises:
+      KeyError: if there is none `where` they come from, such as "among the parameters".
+    """
+    for row in rows:
+        if getattr(row, key) == name:
+            return row
+    raise KeyError(f"{name!r} is not {where}")
+
+
+def shape_text(shape: Sequence[Any]) -> str:
+    """A shape as it is printed: 3x3x64x128."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def aligned(rows: Sequence[dict[str, str]]) -> list[str]:

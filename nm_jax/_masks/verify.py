@@ -13,7 +13,7 @@ from nm_jax._core.axes import matrix_groups
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
 from nm_jax._core.sharding import partitioned
-from nm_jax._core.tables import aligned
+from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._masks.trees import dense_leaves, leaves_by_path
 from nm_jax.solvers import Proof
 
@@ -50,11 +50,20 @@ class LeafReport:
     nan: Bool[Array, ""] | None = None
     proof: Proof | None = None
 
+    @property
+    def path(self) -> str:
+        """'/'-joined keys of the leaf."""
+        return self.leaf.path
+
     def cells(self) -> dict[str, str]:
         """The row as it is printed."""
         pattern = self.leaf.pattern
-        shape = "x".join(map(str, self.leaf.shape))
-        cells = {"path": self.leaf.path, "shape": shape, "axes": self.leaf.axes, "pattern": str(pattern)}
+        cells = {
+            "path": self.path,
+            "shape": shape_text(self.leaf.shape),
+            "axes": self.leaf.axes,
+            "pattern": str(pattern),
+        }
         cells["kept"] = _percent(self.kept)
         if self.contraction is not None and self.output is not None and pattern.tile is not None:
             m = pattern.tile[0]
@@ -88,10 +97,7 @@ class Report:
         return all(bool(row.ok) for row in self.rows)
 
     def __getitem__(self, path: str) -> LeafReport:
-        for row in self.rows:
-            if row.leaf.path == path:
-                return row
-        raise KeyError(f"{path!r} is not among the sparse leaves")
+        return row_of(self.rows, path, "among the sparse leaves")
 
     def __str__(self) -> str:
         broken = sum(not row.ok for row in self.rows)
@@ -101,7 +107,7 @@ class Report:
             *aligned([row.cells() for row in self.rows]),
         ]
         if self.dense:
-            reasons = [{"path": d.path, "shape": "x".join(map(str, d.shape)), "because": d.reason} for d in self.dense]
+            reasons = [{"path": d.path, "shape": shape_text(d.shape), "because": d.reason} for d in self.dense]
             lines += ["", f"{len(self.dense)} dense {'leaf' if len(self.dense) == 1 else 'leaves'}", *aligned(reasons)]
         return "\n".join(lines)
 

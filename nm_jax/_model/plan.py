@@ -24,7 +24,7 @@ from nm_jax._core.rules import (
     parse_rules,
     path_of,
 )
-from nm_jax._core.tables import aligned
+from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._model.tracing import LeafTrace, Trace, trace
 
 
@@ -63,7 +63,7 @@ class PlannedLeaf:
         """The row as it is printed."""
         return {
             "path": self.path,
-            "shape": "x".join(map(str, self.shape)),
+            "shape": shape_text(self.shape),
             "op": self.op,
             "axes": self.axes or "",
             "FLOPs": f"{100 * self.flops / total:.1f}%" if self.flops else "",
@@ -89,10 +89,7 @@ class Plan(LeafRules):
     remarks: tuple[str, ...] = ()
 
     def __getitem__(self, path: str) -> PlannedLeaf:
-        for leaf in self.leaves:
-            if leaf.path == path:
-                return leaf
-        raise KeyError(f"{path!r} is not in the plan")
+        return row_of(self.leaves, path, "in the plan")
 
     @property
     def sparse_forward_share(self) -> float:

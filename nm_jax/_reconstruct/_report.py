@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nm_jax._core.tables import aligned
+from nm_jax._core.tables import aligned, row_of, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,7 @@ class PrunedLayer:
 
     def cells(self) -> dict[str, str]:
         """The row as it is printed."""
-        shape = "x".join(map(str, self.shape))
-        cells = {"path": self.path, "shape": shape, "kept": f"{100 * self.kept:.1f}%"}
+        cells = {"path": self.path, "shape": shape_text(self.shape), "kept": f"{100 * self.kept:.1f}%"}
         if self.before is None:
             return cells | {"remark": "masked only"}
         cells |= {"rows/K": f"{self.rows / self.size:.3g}" if self.rows is not None and self.size else ""}
@@ -63,10 +62,7 @@ class PruneReport:
     layers: tuple[PrunedLayer, ...]
 
     def __getitem__(self, path: str) -> PrunedLayer:
-        for layer in self.layers:
-            if layer.path == path:
-                return layer
-        raise KeyError(f"{path!r} is not among the masked layers")
+        return row_of(self.layers, path, "among the masked layers")
 
     def __str__(self) -> str:
         count = f"{len(self.layers)} pruned {'layer' if len(self.layers) == 1 else 'layers'}"

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from nm_jax._core.rules import DenseLeaf, Leaf
+from nm_jax._core.tables import row_of
 from nm_jax._masks.verify import LeafReport, Report
 from nm_jax.checkpoint._records import Record
 from nm_jax.checkpoint._store import Checkpoint
@@ -171,10 +172,7 @@ class CheckpointReport:
         return all(tensor.ok for tensor in self.tensors)
 
     def __getitem__(self, name: str) -> TensorReport:
-        for tensor in self.tensors:
-            if tensor.name == name:
-                return tensor
-        raise KeyError(f"{name!r} is not among the sparse tensors")
+        return row_of(self.tensors, name, "among the sparse tensors", "name")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from nm_jax._core.axes import Tiling
+from nm_jax._core.tables import shape_text
 from nm_jax.checkpoint import CheckpointReport, TensorReport
 from nm_jax.checkpoint._folder import written_beside
 from nm_jax.checkpoint._verify import Seen
@@ -76,7 +77,7 @@ class Page:
             "<h2>Dense tensors</h2>",
             _table(
                 ("tensor", "shape", "dtype", "because"),
-                ((t.name, _shape(t.shape), t.dtype, t.reason) for t in report.dense),
+                ((t.name, shape_text(t.shape), t.dtype, t.reason) for t in report.dense),
             ),
         ]
         return _FRAME.format(title=title, style=_STYLE, body="\n".join(sections))
@@ -110,7 +111,7 @@ def _tensors(tensors: Iterable[TensorReport]) -> str:
         rows.append(
             (
                 tensor.name,
-                _shape(record.shape),
+                shape_text(record.shape),
                 record.dtype,
                 str(record.pattern),
                 record.axes,
@@ -164,7 +165,7 @@ def _figure(seen: Seen) -> str:
         n = groups and groups.n
         parts.append(_occupancy("along the contraction axis (W)", report.checked.contraction, n))
         parts.append(_occupancy("along the output axis (W^T)", report.checked.output, n))
-    heading = f"<h3>{html.escape(report.name)} <small>{_shape(record.shape)}, {record.pattern}</small></h3>"
+    heading = f"<h3>{html.escape(report.name)} <small>{shape_text(record.shape)}, {record.pattern}</small></h3>"
     return f'<section>{heading}<div class="figures">{"".join(parts)}</div></section>'
 
 
@@ -235,10 +236,6 @@ def _occupancy(where: str, counts: Sequence[int], n: int | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "unknown" if share is None else f"{100 * share:.2f}\u00a0%"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 _FRAME = """<!DOCTYPE html>

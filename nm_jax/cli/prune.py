@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nm_jax._core.tables import printable
+from nm_jax._core.tables import printable, shape_text
 from nm_jax.cli import _exits as exits
 from nm_jax.cli import _options as options
 from nm_jax.cli._late import Late, checkpoint, nm
@@ -72,7 +72,7 @@ def _print_plan(source: str, rules: Any, partial: str, as_json: bool) -> None:
         print_json({"path": source, "tensors": planned, "dense": [dataclasses.asdict(tensor) for tensor in dense]})
         return
     for leaf in sparse:
-        echo(f"{printable(leaf.path)}  {'x'.join(map(str, leaf.shape))}  {leaf.axes}  {leaf.pattern}")
+        echo(f"{printable(leaf.path)}  {shape_text(leaf.shape)}  {leaf.axes}  {leaf.pattern}")
     for tensor in dense:
-        echo(f"{printable(tensor.name)}  {'x'.join(map(str, tensor.shape))}  stays dense: {tensor.reason}")
+        echo(f"{printable(tensor.name)}  {shape_text(tensor.shape)}  stays dense: {tensor.reason}")
     echo(f"\n{len(sparse)} tensors would be pruned, {len(dense)} stay dense; nothing was written")

@@ -5,11 +5,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lazy_loader
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Solver, well_scaled
+
+scipy = lazy_loader.load("scipy")  # loaded when a block is solved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def on_host(solve_block, scores):
 def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:
     slots = _slots(pattern)
     padded = np.append(block.ravel(), [0.0, -np.inf])  # what a discarded entry and a forbidden pair are worth
-    agents, chosen = linear_sum_assignment(padded[slots], maximize=True)
+    agents, chosen = scipy.optimize.linear_sum_assignment(padded[slots], maximize=True)
     keep_slots = pattern.n * pattern.m
     kept = chosen[agents < block.size] < keep_slots
     return kept.reshape(block.shape)

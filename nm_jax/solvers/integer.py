@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 
+import lazy_loader
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers.base import Solver
 from nm_jax.solvers.flow import on_host
+
+scipy = lazy_loader.load("scipy")  # loaded when a block is solved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,10 @@ def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:
     scale = np.abs(block).max()
     # HiGHS has absolute tolerances: bring the scores to its own order of magnitude.
     costs = -block.ravel() / scale if scale > 0 else np.zeros(block.size)
-    result = milp(
+    result = scipy.optimize.milp(
         costs,
         integrality=np.ones(block.size),
-        bounds=Bounds(0, 1),
+        bounds=scipy.optimize.Bounds(0, 1),
         constraints=_row_and_column_sums(pattern),
         options={"mip_rel_gap": 0.0},
     )
@@ -43,7 +45,7 @@ def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _row_and_column_sums(pattern: TransposableNM) -> LinearConstraint:
+def _row_and_column_sums(pattern: TransposableNM):
     eye, ones = np.eye(pattern.m), np.ones((1, pattern.m))
     sums = np.concatenate([np.kron(eye, ones), np.kron(ones, eye)])
-    return LinearConstraint(sums, 0 if pattern.at_most else pattern.n, pattern.n)
+    return scipy.optimize.LinearConstraint(sums, 0 if pattern.at_most else pattern.n, pattern.n)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.rules import path_of
-from nm_jax._core.tables import aligned
+from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._model.tracing._jaxpr import Opened, opened
 from nm_jax._model.tracing.views import View
 from nm_jax._model.tracing.walk import Site, Use, Value, Walk
@@ -118,7 +118,7 @@ class LeafTrace:
         """The row as it is printed."""
         return {
             "path": self.path,
-            "shape": "x".join(map(str, self.shape)),
+            "shape": shape_text(self.shape),
             "op": self.op + (f"/{self.groups}" if self.groups > 1 else ""),
             "contracts": self.contraction or "",
             "axes": self.axes or "",
@@ -154,10 +154,7 @@ class Trace:
     constants: tuple[tuple[int, ...], ...]
 
     def __getitem__(self, path: str) -> LeafTrace:
-        for leaf in self.leaves:
-            if leaf.path == path:
-                return leaf
-        raise KeyError(f"{path!r} is not among the parameters")
+        return row_of(self.leaves, path, "among the parameters")
 
     def __str__(self) -> str:
         lines = aligned([leaf.cells() for leaf in self.leaves])
