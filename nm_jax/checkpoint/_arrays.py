@@ -88,7 +88,7 @@ def _check(leaf: SparseLeaf, array: np.ndarray, kept: np.ndarray, packed: bool, 
     layout = records.layout_of(leaf, packed, keep_masks)
     if layout == "values+positions" and 2 * np.count_nonzero(kept) != kept.size:
         layout = "values+mask"  # fewer than two in some group
-    return Record(leaf.pattern, leaf.axes, dtype, leaf.shape, layout, int(np.count_nonzero(kept)))
+    return Record(leaf.pattern, leaf.axes, dtype, leaf.shape, layout, int(np.count_nonzero(kept)), source=leaf.source)
 
 
 def _parts(record: Record, name: str, array: np.ndarray, kept: np.ndarray) -> dict[str, np.ndarray]:

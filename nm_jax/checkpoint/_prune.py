@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ def prune_checkpoint(
     partial: str = "skip",
     packed: bool = False,
     keep_masks: bool = False,
+    include: Sequence[str] = (),
+    strict: bool = False,
     scores: str | os.PathLike | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -66,13 +68,18 @@ def prune_checkpoint(
       source: a safetensors file, the index of a sharded checkpoint, or a folder with one of them. It is only read.
       target: a file for a file, a folder for a folder (with its other files copied) or for an index; it must not exist.
         It is written beside its name, and gets it when it is complete.
-      rules: a pattern, or `(path regex, pattern or None, optional axes)` (`nm_jax.rules`). Paths are the names of the
-        tensors with '/' for '.'; without axes they are PyTorch's for `weight` and Flax's for `kernel`.
+      rules: a pattern, or `(path regex, pattern or None, optional axes)`. Regexes are sought in the names of the
+        tensors as they are, and with '/' for '.'. Without axes they are those that are known: from the record of an
+        earlier run, from `config.json`, names, shapes and biases. A tensor whose axes are not known stays dense, and
+        its reason says how to give them; where only the orientation is not known, a transposable pattern is the same.
       solver: for the patterns that it supports; `None` takes the default for each.
       partial: tensors whose sizes m does not divide: `"skip"`, `"pad"` or `"error"`, as in `compute_masks`.
       packed: store values and positions (`nm_jax.checkpoint._packed`), which `load_checkpoint` reads, instead of
         zeros, which every reader does.
       keep_masks: store a bit-packed mask beside each dense tensor, as `NAME.nm_mask`.
+      include: regexes of tensors to prune although they stay dense by default: output heads, routers, embeddings that
+        are the output head too.
+      strict: whether a tensor whose axes are not known is an error.
       scores: a safetensors file, as `save_scores` writes it, of what masks keep the most of instead of |w|: scores with
         the shape of the tensors, or the diagonals of Gram matrices of their inputs, for |w| sqrt(h) (Wanda).
       overwrite: whether a file, or the folder of a checkpoint, with the name of the target is replaced.
@@ -103,7 +110,7 @@ def prune_checkpoint(
       [('fc1.weight', 32)]
     """
     checkpoint = Checkpoint(source)
-    leaves = checkpoint.resolve(rules, partial)
+    leaves = checkpoint.resolve(rules, partial, include=include, strict=strict)
     given = None if scores is None else Scores(scores, checkpoint, leaves)
 
     def layout(leaf: SparseLeaf, before: Record | None) -> Layout:
@@ -282,6 +289,7 @@ class _Job:
             share(found.retained, found.total),
             share(found.retained, largest_sum(weight, kept)),
             records.rounded_up(float(found.proof.relative_gap)) if found.proof.proved else None,
+            leaf.source,
         )
         return _Mask(weight, found.mask, record)
 

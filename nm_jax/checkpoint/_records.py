@@ -33,6 +33,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 PRUNABLE = {"BF16": 2, "F16": 2, "F32": 4}  # dtypes that can be sparse, and their bytes
 _VERSION = 2
 _READ = (1, 2)  # versions that are read; the first has no reasons
+EITHER = "either orientation"  # how the source of axes begins that are only known up to exchanging i and o
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Record:
       retained: kept share of the l1 norm; `None` where it is not known (of a norm that is not finite, for instance).
       of_unstructured: the same, relative to the unstructured mask that keeps as many entries (the paper's Fig. 3b).
       gap: relative distance to the proved optimum, 0 = optimal; `None` without a proof.
+      source: on what its axes rest, like `"the rule 'mlp'"` or `"siblings: a bias of 768"`; empty if unknown.
     """
 
     pattern: Pattern
@@ -61,6 +63,7 @@ class Record:
     retained: float | None = None
     of_unstructured: float | None = None
     gap: float | None = None
+    source: str = ""
 
     @property
     def proof(self) -> Proof:
@@ -74,7 +77,7 @@ class Record:
 
     def leaf(self, name: str) -> SparseLeaf:
         """The tensor as rules see it."""
-        return SparseLeaf(name, self.shape, self.pattern, self.axes)
+        return SparseLeaf(name, self.shape, self.pattern, self.axes, self.source)
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The names under which the tensor is stored: its values, and the code of its mask where there is one."""
@@ -92,6 +95,7 @@ class Record:
           ValueError: for anything else.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
+        table = {"source": "", **table} if isinstance(table, dict) else table  # files from before have none
         if not isinstance(table, dict) or set(table) != fields:
             raise ValueError(f"the record of {name!r} does not have the fields {', '.join(sorted(fields))}")
         shape, layout, kept = table["shape"], table["layout"], table["kept"]
@@ -104,6 +108,8 @@ class Record:
         for field in ("retained", "of_unstructured", "gap"):
             if type(table[field]) not in (int, float, type(None)):
                 raise ValueError(f"the record of {name!r} has no valid {field}")
+        if not isinstance(table["source"], str):
+            raise ValueError(f"the record of {name!r} has no valid source")
         if table["dtype"] not in tuple(PRUNABLE):  # anything may stand there: compared, not hashed
             raise ValueError(f"the record of {name!r} has the dtype {table['dtype']!r}, which is never pruned")
         check_axes(table["axes"], tuple(shape))
@@ -216,4 +222,6 @@ def rounded_up(value: float) -> float | None:
 def longest(leaf: SparseLeaf, dtype: str, layout: Layout) -> Record:
     """A record that no record of this tensor is longer than, for the room to reserve."""
     share = -1111111.111111
-    return Record(leaf.pattern, leaf.axes, dtype, leaf.shape, layout, math.prod(leaf.shape), share, share, share)
+    return Record(
+        leaf.pattern, leaf.axes, dtype, leaf.shape, layout, math.prod(leaf.shape), share, share, share, leaf.source
+    )

@@ -3,24 +3,24 @@
 Tensors are *logical* here: a packed one is one tensor, under the name and with the shape that it has when dense.
 """
 
-import dataclasses
 import errno
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
-
-from nm_jax._core.rules import DenseLeaf, Leaf, Rules, resolve
+from nm_jax._core.rules import Leaf, Rules
 from nm_jax.checkpoint import _records as records
 from nm_jax.checkpoint._records import Record, Said
 from nm_jax.checkpoint._tensor import Tensor
 from nm_jax.checkpoint._tensorfile import FormatError, TensorFile, parse_json
 from nm_jax.checkpoint._tied import together
+from nm_jax.checkpoint.knowledge import Contents
+from nm_jax.checkpoint.knowledge._choose import Wanted, choose
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+_LARGEST_CONFIG = 1 << 24  # bytes
 Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the bytes of a tensor that is done
 
 
@@ -107,25 +107,35 @@ class Checkpoint:
             if (other := paths.setdefault(tensor.path, tensor.name)) != tensor.name:
                 raise FormatError(f"{self.path}: rules cannot tell {other!r} from {tensor.name!r}; rename one of them")
 
-    def resolve(self, rules: Rules, partial: str) -> dict[str, Leaf]:
-        """What rules say of every tensor, by name.
+    @functools.cached_property
+    def contents(self) -> Contents:
+        """What there is to tell from what its tensors are."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        metadata = {key: text for file in self.files for key, text in file.metadata.items()}
+        return Contents(shapes, _read_config(self.files[0].path.parent / "config.json"), metadata)
+
+    def resolve(
+        self, rules: Rules, partial: str = "skip", *, include: Sequence[str] = (), strict: bool = False
+    ) -> dict[str, Leaf]:
+        """What rules, and what is known of the tensors, say of every tensor, by name; arguments as in
+        `prune_checkpoint`.
 
         Raises:
-          ValueError: for rules that do not fit (see `nm_jax.rules`).
+          ValueError: for rules that do not fit.
         """
-        paths = {t.path: name for name, t in self.tensors.items() if t.dtype in records.PRUNABLE}
-        shapes = {
-            path: jax.ShapeDtypeStruct(self.tensors[name].shape, jnp.float32) for path, name in sorted(paths.items())
-        }
-        leaves: dict[str, Leaf] = {
-            name: DenseLeaf(name, t.shape, f"dtype {t.dtype} is copied as it is") for name, t in self.tensors.items()
-        }
-        resolved = resolve(shapes, rules, partial)  # in the order of jax.tree.leaves, which sorts keys
-        if not resolved:
-            raise ValueError(f"{self.path}: no tensor is {', '.join(records.PRUNABLE)}; there is nothing to prune")
-        for path, leaf in zip(shapes, resolved, strict=True):
-            leaves[paths[path]] = dataclasses.replace(leaf, path=paths[path])
+        try:
+            leaves = choose(self.tensors, self.contents, Wanted(rules, partial, include, strict))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         return together(self.tensors, leaves)
+
+
+def _read_config(path: Path) -> Any:
+    """What a configuration beside the tensors says; `None` without one that can be read."""
+    try:
+        return parse_json(path.read_bytes(), str(path)) if path.stat().st_size < _LARGEST_CONFIG else None
+    except (OSError, FormatError):
+        return None
 
 
 def _find(path: Path) -> Path:

@@ -87,7 +87,7 @@ class Examination:
         dense: str | os.PathLike | None = None,
     ):
         self.checkpoint = Checkpoint(path)
-        self.leaves = _recorded(self.checkpoint) if rules is None else self.checkpoint.resolve(rules, partial)
+        self.leaves = _recorded(self.checkpoint) if rules is None else _ruled(self.checkpoint, rules, partial)
         self._dense = None if dense is None else Checkpoint(dense)
 
     def sparse(self) -> list[Tensor]:
@@ -129,7 +129,7 @@ class Examination:
         same = known is not None and (known.pattern, known.axes) == (leaf.pattern, leaf.axes)
         if known is not None and same:
             return dataclasses.replace(known, kept=kept)
-        return Record(leaf.pattern, leaf.axes, tensor.dtype, tensor.shape, layout, kept)
+        return Record(leaf.pattern, leaf.axes, tensor.dtype, tensor.shape, layout, kept, source=leaf.source)
 
     def _compare(self, record: Record, name: str, kept: np.ndarray, dense: Checkpoint) -> Record:
         original = dense.tensors.get(name)
@@ -159,6 +159,14 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Leaf]:
         else tensor.record.leaf(name)
         for name, tensor in checkpoint.tensors.items()
     }
+
+
+def _ruled(checkpoint: Checkpoint, rules: Rules, partial: str) -> dict[str, Leaf]:
+    leaves = checkpoint.resolve(rules, partial)
+    if not any(isinstance(leaf, SparseLeaf) for leaf in leaves.values()):
+        why = [f"{leaf.path}: {leaf.reason}" for leaf in leaves.values() if isinstance(leaf, DenseLeaf)]
+        raise ValueError("\n  ".join([f"{checkpoint.path}: no tensor is known to be sparse:", *why[:12]]))
+    return leaves
 
 
 def _groups(kept: np.ndarray, leaf: SparseLeaf) -> tuple[tuple[int, ...], tuple[int, ...]]:

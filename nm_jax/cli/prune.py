@@ -25,9 +25,30 @@ _SOLVERS = {"exact": "Exact", "greedy": "Greedy", "flow": "MinCostFlow"}
 @click.option("--at-most", is_flag=True, help="Transposable patterns keep at most n, which can retain more.")
 @click.option("--keep-mask", is_flag=True, help="Store a bit-packed mask beside each sparse tensor.")
 @click.option("--packed", is_flag=True, help="Store values and positions: smaller, read by nm_jax only.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    help="Prune these too, which stay dense by default: output heads, routers. May be repeated.",
+)
+@click.option("--strict", is_flag=True, help="Stop if the axes of a tensor are not known.")
 @click.option("--dry-run", is_flag=True, help="Say what would be pruned, and write nothing.")
 @options.as_json
-def command(source, target, pattern, rules, partial, solver, at_most, keep_mask, packed, dry_run, as_json) -> int:
+def command(
+    source,
+    target,
+    pattern,
+    rules,
+    partial,
+    solver,
+    at_most,
+    keep_mask,
+    packed,
+    include,
+    strict,
+    dry_run,
+    as_json,
+) -> int:
     """Write a pruned copy of checkpoint IN as OUT.
 
     OUT gets its name when it is complete; it must not exist. Tensors keep their names, dtypes and shapes, so that
@@ -39,7 +60,7 @@ def command(source, target, pattern, rules, partial, solver, at_most, keep_mask,
     if dry_run:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-        _print_plan(source, chosen, partial, as_json)
+        _print_plan(source, chosen, partial, include, strict, as_json)
         return exits.DONE
     with nm.Checkpoint(source) as before:
         total = sum(tensor.nbytes for tensor in before.tensors.values())
@@ -52,6 +73,8 @@ def command(source, target, pattern, rules, partial, solver, at_most, keep_mask,
             partial=partial,
             packed=packed,
             keep_masks=keep_mask,
+            include=include,
+            strict=strict,
             progress=advance,
         )
     if as_json:
@@ -62,17 +85,20 @@ def command(source, target, pattern, rules, partial, solver, at_most, keep_mask,
     return exits.DONE
 
 
-def _print_plan(source: str, rules: Any, partial: str, as_json: bool) -> None:
+def _print_plan(source: str, rules: Any, partial: str, include: tuple[str, ...], strict: bool, as_json: bool) -> None:
     with nm.Checkpoint(source) as before:
-        leaves = before.resolve(rules, partial)
+        leaves = before.resolve(rules, partial, include=include, strict=strict)
         sparse = [leaf for leaf in leaves.values() if isinstance(leaf, _rules.SparseLeaf)]
         dense = list(checkpoint.dense_tensors(before, leaves))
     if as_json:
-        planned = [{"name": x.path, "shape": list(x.shape), "axes": x.axes, "pattern": str(x.pattern)} for x in sparse]
+        planned = [
+            {"name": x.path, "shape": list(x.shape), "axes": x.axes, "source": x.source, "pattern": str(x.pattern)}
+            for x in sparse
+        ]
         print_json({"path": source, "tensors": planned, "dense": [dataclasses.asdict(tensor) for tensor in dense]})
         return
     for leaf in sparse:
-        echo(f"{printable(leaf.path)}  {shape_text(leaf.shape)}  {leaf.axes}  {leaf.pattern}")
+        echo(f"{printable(leaf.path)}  {shape_text(leaf.shape)}  {leaf.axes}  {leaf.pattern}  {leaf.source}")
     for tensor in dense:
         echo(f"{printable(tensor.name)}  {shape_text(tensor.shape)}  stays dense: {tensor.reason}")
     echo(f"\n{len(sparse)} tensors would be pruned, {len(dense)} stay dense; nothing was written")

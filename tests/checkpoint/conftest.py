@@ -19,7 +19,7 @@ def model(tmp_path):
         "conv.weight": normal(2, (8, 12, 3, 3), np.float16),
         "params.Dense_0.kernel": normal(3, (12, 20), ml_dtypes.bfloat16),
         "embed_tokens.weight": normal(4, (40, 8)),
-        "odd.weight": normal(5, (6, 7)),
+        "odd.fc.weight": normal(5, (6, 7)),
         "ids": np.arange(7),
         "double.weight": normal(6, (8, 8), np.float64),
         "quantised.weight": np.full((8, 8), 3, np.int8),

@@ -25,7 +25,7 @@ def test_layouts_give_back_the_dense_tensors_and_their_masks(model, tmp_path, pa
     for name, array in dense.items():
         assert params[name].dtype == array.dtype
         np.testing.assert_array_equal(bits(params[name]), bits(array))
-        assert (masks[name] is None) == (name not in (*PRUNED, "odd.weight"))
+        assert (masks[name] is None) == (name not in (*PRUNED, "odd.fc.weight"))
         if masks[name] is not None:
             np.testing.assert_array_equal(masks[name], bits(array) != 0)  # no weight of the model is zero
     assert nm.verify_checkpoint(tmp_path / "other").ok

@@ -52,7 +52,7 @@ def test_reasons_of_what_stays_dense(model, tmp_path):
     reasons = {tensor.name: tensor.reason for tensor in report.dense}
     assert "1-D" in reasons["layers.0.bias"]
     assert "embedding" in reasons["embed_tokens.weight"]
-    assert "not a multiple of 4" in reasons["odd.weight"]
+    assert "not a multiple of 4" in reasons["odd.fc.weight"]
     assert reasons["quantised.weight"] == "dtype I8 is copied as it is"
     assert set(reasons) | set(PRUNED) == set(model[1])
 
@@ -66,7 +66,8 @@ def test_reasons_of_what_stays_dense(model, tmp_path):
         ("a.kernel", (3, 3, 8, 12), "2:4", 2),
         ("a.weight", (8, 12), [("a/weight", "2:4", "io")], 0),
         ("experts", (3, 8, 12), [("experts", "2:4", "boi")], 2),
-        ("a.w", (8, 12), [("w", "2:4")], 0),
+        ("a.w", (8, 12), [("w", "2:4", "io")], 0),
+        ("a.mystery.weight", (8, 12), [("mystery", "2:4")], 1),
     ],
 )
 def test_groups_run_along_the_contraction(tmp_path, name, shape, rule, dimension):
@@ -166,7 +167,7 @@ def test_a_bare_pattern_takes_what_no_rule_matches(model, tmp_path):
     rules = [("layers", None), ("odd", "2:4", "oi"), "4:8-T"]
     report = nm.prune_checkpoint(model[0], tmp_path / "out", rules, partial="pad", solver=nm.solvers.Greedy())
     found = {tensor.name: str(tensor.record.pattern) for tensor in report.tensors}
-    assert found == {"odd.weight": "2:4", "conv.weight": "4:8-T", "params.Dense_0.kernel": "4:8-T"}
+    assert found == {"odd.fc.weight": "2:4", "conv.weight": "4:8-T", "params.Dense_0.kernel": "4:8-T"}
 
 
 @pytest.mark.slow

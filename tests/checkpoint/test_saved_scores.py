@@ -74,7 +74,7 @@ def test_scores_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4", scores=tmp_path / f"scores{k}")
     save_file({"a.weight": np.ones((8, 12), np.int8), "b.weight": np.ones(12, np.int8)}, tmp_path / "integers")
-    with pytest.raises(ValueError, match="'a.weight' are I8"):
+    with pytest.raises(ValueError, match=r"'a\.weight' are I8"):
         nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4", scores=tmp_path / "integers")
     assert not (tmp_path / "out").exists()
 

@@ -92,5 +92,5 @@ def test_the_record_in_the_header(model, tmp_path):
     assert {name: (r["pattern"], r["axes"]) for name, r in record["tensors"].items()} == {
         "layers.0.weight": ("2:4-T", "oi"),
         "params.Dense_0.kernel": ("2:4-T", "io"),
-        "odd.weight": ("2:4", "oi"),
+        "odd.fc.weight": ("2:4", "oi"),
     }

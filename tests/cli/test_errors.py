@@ -55,7 +55,7 @@ def test_failures_are_one_line_and_leave_nothing(run, model, tmp_path, name):
 
 def test_names_in_errors_are_printable(run, tmp_path):
     save_file({"evil\n\x1b[31mname.weight": np.full((8, 8), np.nan, np.float32)}, tmp_path / "in")
-    code, _, err = run("prune", tmp_path / "in", tmp_path / "out", "--pattern", "2:4")
+    code, _, err = run("prune", tmp_path / "in", tmp_path / "out", "--rule", "weight=2:4")
     assert code == 3
     assert err.count("\n") == 1
     assert "\x1b" not in err

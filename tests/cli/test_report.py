@@ -70,7 +70,7 @@ def test_the_page_in_a_browser(page, tmp_path):
 def test_names_cannot_add_to_the_page(run, tmp_path):
     name = "<img src=x onerror=alert(1)>\"'.weight"
     save_file({name: np.ones((8, 8), np.float32)}, tmp_path / "in")
-    code, _, _ = run("report", tmp_path / "in", "-o", tmp_path / "page.html", "--pattern", "2:4")
+    code, _, _ = run("report", tmp_path / "in", "-o", tmp_path / "page.html", "--rule", "weight=2:4")
     assert code == 1
     assert "<img src=x" not in (tmp_path / "page.html").read_text()
 

@@ -1,0 +1,91 @@
+"""Convolutions of PyTorch, of one to three dimensions: (out, in, window), or (in, out, window) when transposed."""
+
+import re
+
+from nm_jax.checkpoint.knowledge._contents import Axes, Doubt, Item, any_word
+
+_ONE_DIMENSIONAL = (
+    "convs?|convd|convolution|pointwise|depthwise|deconv|tconv|convtranspose|downsamplers?|upsamplers?|downsampling|"
+    "downsample|upsample|patch|patches|stem"
+)
+# Words that only transposed convolutions have, that they may have, and that they never have.
+_TRANSPOSED = "deconvs?|transpose|transposed|convtranspose|convt|tconv|transconv"
+_UPWARDS = (
+    "ups?|upsamplers?|upsampling|upsample|upscale|upscaling|upconv|unpool|unpooling|resize|fpn|decoder|generator|gen|"
+    "netg|dec"
+)
+_DOWNWARDS = (
+    "down|downsamplers?|downsampling|downsample|patch|patches|stem|sr|merging|reduction|encoder|extractor|features"
+)
+# Ordinary convolutions in what goes upwards: residual blocks, and what follows an interpolation.
+_ORDINARY = (
+    r"\w*(res|mid|block)\w*\.(\w+\.)*?(\w*_)?(conv|projection)\w*(\.\d+|\.conv\w*)*|"
+    r"upsample\w*\.(\d+\.)?\w*conv(\.conv)?|resample\.\d+|"
+    r"(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
+)
+
+
+def convolution(item: Item) -> Axes | Doubt | None:
+    """The axes of a `weight` of three to five dimensions, by its bias, its name and its window."""
+    if item.leaf != "weight" or not 3 <= item.ndim <= 5:
+        return None
+    if item.ndim == 3 and not _is_one_dimensional(item):
+        return Doubt("it may be a convolution, a bilinear layer or a stack of matrices")
+    if not item.contents.format and not item.contents.model_type and _may_be_mlx(item.shape):
+        return Doubt("it may be a convolution of PyTorch (out, in, window) or of MLX (out, window, in)")
+    if item.shape[1] == 1:
+        return Doubt("each output of a depthwise convolution has one input of its own")
+    return _by_bias(item) or _by_name(item)
+
+
+def _is_one_dimensional(item: Item) -> bool:
+    window = item.shape[2]
+    if any_word(item.words, _ONE_DIMENSIONAL) or any_word(item.path_words, "convs?|convd|convolution"):
+        return True
+    has_bias = item.bias in item.shape[:2]
+    small = window % 2 == 1 and window < 32 and window < item.shape[1]
+    return has_bias and (window == 1 or (small and item.contents.transformers))
+
+
+def _may_be_mlx(shape: tuple[int, ...]) -> bool:
+    """Whether the sizes in the middle look like a window, and those at the end do not look more like one."""
+    return len(shape) == 4 and shape[1] == shape[2] <= 16 and (shape[2] != shape[3] or shape[1] > 3)
+
+
+def _by_bias(item: Item) -> Axes | Doubt | None:
+    """A bias tells the number of outputs, and so what is not possible."""
+    first, second, bias = *item.shape[:2], item.bias
+    if bias is None or (bias == first == second):
+        return None
+    if bias != first and bias % second:
+        return Doubt(f"its bias has {bias} entries, which is neither of its first two sizes")
+    if bias != first:
+        groups = bias // second
+        return Axes(_axes(item, "io"), f"siblings: a bias of {bias}, a transposed convolution of {groups} groups")
+    if first % second or _ordinary(item) or not any_word(item.words, _UPWARDS):  # else it may be transposed, in groups
+        return Axes(_axes(item, "oi"), f"siblings: a bias of {bias}")
+    return None
+
+
+def _by_name(item: Item) -> Axes | Doubt:
+    if any_word(item.words, _TRANSPOSED):
+        return Axes(_axes(item, "io"), f"name: {item.role} is a transposed convolution")
+    window = item.shape[2:]
+    if _ordinary(item) or set(window) == {1}:
+        return Axes(_axes(item, "oi"), f"name: {item.role} is no transposed convolution")
+    even = all(size % 2 == 0 for size in window)
+    upwards = any_word(set(item.words) if item.contents.transformers and not even else item.path_words, _UPWARDS)
+    if upwards or (even and not any_word(item.path_words, _DOWNWARDS)):
+        return Axes(
+            _axes(item, "oi"), "a convolution (out, in, window) or a transposed one (in, out, window)", either=True
+        )
+    return Axes(_axes(item, "oi"), f"name: {item.role} with a window of {'x'.join(map(str, window))}")
+
+
+def _ordinary(item: Item) -> bool:
+    """Whether its name is one of those that ordinary convolutions have in what goes upwards."""
+    return bool(re.search(rf"(^|\.)({_ORDINARY})$", item.module))
+
+
+def _axes(item: Item, first: str) -> str:
+    return first + "b" * (item.ndim - 2)

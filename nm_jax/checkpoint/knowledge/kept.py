@@ -1,0 +1,153 @@
+"""Tensors that stay dense unless they are asked for: nothing contracts them, or a model suffers most from pruning them.
+
+Each function says why one kind stays dense, or nothing. `kept` asks them in turn.
+"""
+
+import re
+from typing import NamedTuple
+
+from nm_jax.checkpoint.knowledge._contents import Item, any_word
+
+# Words of modules that are looked up, not contracted. A bias, or a word of a layer beside it, says otherwise.
+_TABLE_WORDS = (
+    "embs?|embds?|embeds?|embedded|embeddings?|embedder|codebooks?|codes|vocab|lookup|tables?|tokens?|queries|"
+    "positional|positions?|pos|pe|ape|rpe|rel|relative|relpos"
+)
+_TABLE_NAMES = r"shared|w[tp]e|query_(embed|feat)\w*|(\w+_)?(tokens?|queries)"
+_ALWAYS_TABLES = (  # whatever is beside them
+    r"(word|position|token_type|tok|segment|token)_embeddings?|embed_tokens|embed_positions|w[tp]e|embedding_table"
+)
+_LAYER_WORDS = (
+    "proj|projs|projections?|projector|linear|lin|dense|fc|mlp|ffn|convs?|convd|convolution|map|mapper|mapping|"
+    "transform"
+)
+_ROUTERS = r"router|routers|gate|gating|wg|switch|shared_expert_gate|moe_gate"
+_HEADS = (
+    r"(\w*_)?(lm_?head|heads?|classifiers?|score|logits?|unembed|embed_out|seq_relationship|qa_outputs?|"
+    r"(class|bbox)_(embed|predictor)|class_labels_classifier|output_layer|cls_score|bbox_pred|classification_layer)"
+)
+_IN_A_HEAD = (  # the last layer of a module that is called a head
+    r"(\w+_)?(fc|out_?proj|proj(ection)?|proj_out|linear|out|decoder|classifier|logits|predictor|pred|output|layers)"
+)
+_AT_THE_ROOT = r"fc|output|decoder|to_out|out|proj_out|last_linear|linear_out|final|final_layer"
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "absmax", "SCB", "weight_zero_point", "qweight", "qzeros")
+_REPARAMETRISED = {
+    "weight_g": "weight norm",
+    "weight_v": "weight or spectral norm",
+    "weight_u": "spectral norm",
+    "weight_orig": "spectral norm or a mask",
+    "original": "a parametrization",
+    "original0": "a parametrization",
+    "original1": "a parametrization",
+}
+_LOOKED_UP = "is looked up, not contracted"
+
+
+class Kept(NamedTuple):
+    """Why a tensor stays dense.
+
+    Attributes:
+      reason: why.
+      layer: whether it is a layer like the others, so that a rule which matches it is enough to prune it.
+    """
+
+    reason: str
+    layer: bool = False
+
+
+def kept(item: Item) -> Kept | None:
+    """Why a tensor of two and more dimensions stays dense unless it is asked for; `None` if nothing speaks for that."""
+    for ask in (_reparametrised, _quantised, _norm, looked_up):
+        if reason := ask(item):
+            return Kept(reason)
+    for ask in (_router, _head):
+        if reason := ask(item):
+            return Kept(reason, layer=True)
+    return None
+
+
+def looked_up(item: Item) -> str:
+    """Whether it is a table whose rows are looked up: what it is then, or nothing."""
+    if item.leaf in ("embedding", "embeddings", "codebook", "embedding_table"):
+        return f"an embedding {_LOOKED_UP}"
+    if item.leaf != "weight" or item.ndim != 2 or re.fullmatch(_HEADS, item.role.lower()):
+        return ""
+    role = item.role.lower()
+    if re.fullmatch(_ALWAYS_TABLES, role):
+        return f"an embedding {_LOOKED_UP}"
+    if item.bias is not None:
+        return ""
+    if any_word(item.words, _TABLE_WORDS) and not any_word(item.words, _LAYER_WORDS):
+        return f"{'an embedding' if 'emb' in role else 'a lookup table'} {_LOOKED_UP}"
+    return f"a lookup table {_LOOKED_UP}" if re.fullmatch(_TABLE_NAMES, role) else ""
+
+
+def _reparametrised(item: Item) -> str:
+    kind = _REPARAMETRISED.get(item.leaf)
+    if kind is None or (item.leaf.startswith("original") and "parametrizations" not in item.parts):
+        return ""
+    return f"the weight is computed from it ({kind}), so that its zeros would not be the weight's"
+
+
+def _quantised(item: Item) -> str:
+    if item.leaf in (*_SCALES, "biases"):
+        return "it belongs to a quantised weight"
+    if item.leaf == "weight" and any(item.sibling(leaf) is not None for leaf in _SCALES):
+        return "it is quantised: it has scales beside it"
+    return ""
+
+
+def _norm(item: Item) -> str:
+    named = re.fullmatch(r"(\w*_)?(layer|group|batch|rms)?_?norm\w*|ln(_\w+|\d*)", item.role.lower())
+    parent = item.role in ("scale", "shift", "gamma", "beta") and any_word(item.path_words, ".*norm")
+    like_its_bias = item.leaf == "weight" and item.sibling("bias") == item.shape
+    statistics = item.sibling("running_mean") is not None
+    projection = any_word(item.words, _LAYER_WORDS)
+    if like_its_bias or statistics or parent or (named and not projection and item.bias is None):
+        return "the scale of a norm is multiplied elementwise"
+    return ""
+
+
+def _router(item: Item) -> str:
+    if item.ndim != 2 or item.leaf not in ("weight", "kernel"):
+        return ""
+    last = [part.lower() for part in item.parts[-4:-1]]
+    if not any(re.fullmatch(_ROUTERS, part) for part in last):
+        return ""
+    # A gate beside experts chooses among them; one that is as wide as what it gates multiplies.
+    beside_experts = any_word(item.path_words, "moe") or any(
+        name.startswith(item.name[: -len(f"{item.role}.{item.leaf}")]) and "expert" in name
+        for name in item.contents.shapes
+    )
+    only_gate = all(part in ("gate", "gating") for part in last if re.fullmatch(_ROUTERS, part))
+    if only_gate and not beside_experts and item.shape[0] * 4 > item.shape[1]:
+        return ""
+    return "a router chooses experts"
+
+
+def _head(item: Item) -> str:
+    if item.leaf not in ("weight", "kernel") or not item.role:
+        return ""
+    path = [part.lower() for part in item.parts[:-1]]
+    if len(path) == 1 and re.fullmatch(_AT_THE_ROOT, path[0]) and item.ndim == 2 and len(_matrices(item)) > 1:
+        return "an output layer"
+    head = next((k for k, part in enumerate(path) if re.fullmatch(_HEADS, part) and not part.startswith("conv")), None)
+    if head is None or not _last(item):
+        return ""
+    inside = [part for part in path[head + 1 :] if not part.isdecimal()]
+    if any(any_word([part], ".*(attn|attention).*") for part in inside):
+        return ""
+    return "an output head" if not inside or re.fullmatch(_IN_A_HEAD, inside[-1]) else ""
+
+
+def _last(item: Item) -> bool:
+    """Whether no later layer of the same numbered sequence has a matrix."""
+    if len(item.parts) < 2 or not item.parts[-2].isdecimal():
+        return True
+    sequence = re.escape(item.name.removesuffix(f"{item.parts[-2]}.{item.leaf}"))
+    later = (re.fullmatch(rf"{sequence}(\d+)\.{item.leaf}", name) for name in _matrices(item))
+    return not any(found and int(found[1]) > int(item.parts[-2]) for found in later)
+
+
+def _matrices(item: Item) -> list[str]:
+    return [name for name, shape in item.contents.shapes.items() if len(shape) >= 2]

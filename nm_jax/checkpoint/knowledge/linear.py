@@ -1,0 +1,64 @@
+"""The `weight` of two dimensions of a PyTorch layer: (out, in) of `nn.Linear`, (in, out) of GPT-2's `Conv1D`."""
+
+import re
+
+from nm_jax.checkpoint.knowledge._contents import Axes, Contents, Doubt, Item, any_word
+
+# Words of names that only linear layers have, which are (out, in), and whole names.
+_WORDS = (
+    "projs?|projections?|projector|linear|lin|dense|fcs?|mlps?|ffn|ff|feedforward|qkv|kv|qk|wqkv|query|key|value|"
+    "receptance|reduction|intermediate|output|expansion|adapter|lora|transform|mapper|mapping|layers?|blocks?|attn|"
+    "attention|heads?|classifiers?|score|logits|unembed|router|gate|gating"
+)
+_NAMES = (
+    r"[qkvorg]|w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|net|(in|out|up|down|gate)|embed_out"
+)
+_AT_THE_ROOT = r"[a-df-su-vxyz]|l\d+"  # names without a meaning, of modules in no other
+# Layers that are `nn.Linear` in one model and `Conv1D` in another. The first ones widen, in either.
+_WIDENING, _EITHER = r"c_attn|c_fc|c_enc_kv", r"c_attn|c_fc|c_proj|q_attn|c_enc_kv"
+
+
+def linear(item: Item) -> Axes | Doubt | None:
+    """The axes of a `weight` with two dimensions, by its bias, its name, or the model that it is part of."""
+    if item.leaf != "weight" or item.ndim != 2:
+        return None
+    if item.bias is not None and item.shape[0] != item.shape[1]:
+        if item.axes_by_bias is None:
+            return Doubt(f"its bias has {item.bias} entries, which is neither of its sizes")
+        return Axes(item.axes_by_bias, f"siblings: a bias of {item.bias}")
+    if re.fullmatch(_EITHER, item.role):
+        return _by_the_others(item)
+    if any_word(item.words, "g?conv|gcn|gat|sage"):
+        return Axes("oi", "a layer of a graph, (out, in) or (in, out)", either=True)
+    names = f"{_NAMES}|{_AT_THE_ROOT}" if item.parts[0] == item.role else _NAMES
+    if re.fullmatch(names, item.role.lower()) or any_word(item.words, _WORDS):
+        return Axes("oi", f"name: {item.role} is a linear layer")
+    if item.bias is None:
+        if item.contents.transformers and item.in_stack:
+            return Axes("oi", f"config: {item.contents.model_type}, a layer of its blocks")
+        return Doubt("without a bias it may be a linear layer or a lookup table")
+    if item.contents.transformers:
+        return Axes("oi", f"config: {item.contents.model_type}, a layer with a bias")
+    if {axes for _, axes in item.contents.axes_by_bias} == {"oi"}:
+        return Axes("oi", "siblings: the biases of this checkpoint's other layers")
+    return Axes("oi", "a square matrix, (out, in) or (in, out)", either=True)
+
+
+def conv1d_orientations(contents: Contents, role: str = "") -> set[str]:
+    """How the layers that may be GPT-2's `Conv1D` are stored, by their biases, or by what widens where none tells."""
+    names = re.escape(role) if role else _EITHER
+    found = {axes for other, axes in contents.axes_by_bias if re.fullmatch(names, other)}
+    return found or {
+        "oi" if item.shape[0] > item.shape[1] else "io"
+        for item in contents.items.values()
+        if item.leaf == "weight" and item.ndim == 2 and item.shape[0] != item.shape[1]
+        if re.fullmatch(_WIDENING, item.role) and re.fullmatch(names, item.role)
+    }
+
+
+def _by_the_others(item: Item) -> Axes:
+    """All layers of these names in one model are stored the same way."""
+    found = conv1d_orientations(item.contents, item.role) or conv1d_orientations(item.contents)
+    if len(found) == 1:
+        return Axes(next(iter(found)), f"siblings: the other layers called {item.role} or like it")
+    return Axes("oi", f"{item.role} is (out, in) in some models, (in, out) in others", either=True)
