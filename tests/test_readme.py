@@ -14,7 +14,7 @@ def test_quick_start_is_two_commands():
     assert len(blocks) == 1
     commands = blocks[0].strip().splitlines()
     assert len(commands) == 2
-    assert "experiments.quickstart" in commands[0]
+    assert "experiments quickstart" in commands[0]
     assert commands[1].endswith("-m pytest")
 
 

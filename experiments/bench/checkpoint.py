@@ -1,13 +1,13 @@
 """How fast `nm-jax prune` is, and how much memory it takes: a 2 GB checkpoint of 64 MB tensors to 4:8-T.
 
-    python -m experiments.bench.checkpoint            # about 2 minutes on 2 cores, 4 GB of disk
-    python -m experiments.bench.checkpoint --quick    # 256 MB
+The command runs in a process of its own, whose peak memory the system reports. 4 GB of disk are needed. The targets are
+a peak below 1.5 GB and 100 MB/s on 2 cores.
 
-The command runs in a process of its own, whose peak memory the system reports. Writes
-`experiments/results/bench_checkpoint_*.json`.
+Paper: none
+Time: 2 minutes on 2 cores
+Data: none
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,28 +15,25 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from experiments.harness import RESULTS, core_count, device_name, results_stem
+from experiments.harness import Experiment, Run, Table
 
 PATTERN = "4:8-T"
-TENSOR_BYTES = 64 << 20
-WIDTH = 4096
+TENSOR_BYTES, TENSORS, WIDTH = 64 << 20, 32, 4096
+QUICK_BYTES, QUICK_TENSORS = 1 << 20, 2
 DTYPES = {"F32": np.float32, "F16": np.float16}
 LIMITS = {"peak_bytes": 1.5e9, "bytes_per_second": 100e6}
 
 
-def write_checkpoint(path: Path, dtype: str, count: int) -> int:
+def write_checkpoint(path: Path, dtype: str, count: int, tensor_bytes: int) -> int:
     """A file of `count` Gaussian weights of one dtype, written tensor by tensor; returns its size."""
-    rows = TENSOR_BYTES // np.dtype(DTYPES[dtype]).itemsize // WIDTH
+    rows = tensor_bytes // np.dtype(DTYPES[dtype]).itemsize // WIDTH
     header = {
         f"layers.{k}.weight": {
             "dtype": dtype,
             "shape": [rows, WIDTH],
-            "data_offsets": [k * TENSOR_BYTES, (k + 1) * TENSOR_BYTES],
+            "data_offsets": [k * tensor_bytes, (k + 1) * tensor_bytes],
         }
         for k in range(count)
     }
@@ -50,10 +47,10 @@ def write_checkpoint(path: Path, dtype: str, count: int) -> int:
     return path.stat().st_size
 
 
-def prune(folder: Path, dtype: str, count: int) -> dict:
+def prune(folder: Path, dtype: str, count: int, tensor_bytes: int) -> dict:
     """Time, memory and the share of time spent solving, of one run of the command."""
     source, target = folder / "in.safetensors", folder / "out.safetensors"
-    size = write_checkpoint(source, dtype, count)
+    size = write_checkpoint(source, dtype, count, tensor_bytes)
     arguments = ["prune", str(source), str(target), "--pattern", PATTERN, "--json"]
     start = time.perf_counter()
     # A child of a small process of its own: the peak of all children is that of this one.
@@ -91,13 +88,19 @@ def prune(folder: Path, dtype: str, count: int) -> dict:
     }
 
 
-def print_table(console: Console, rows: list[dict]) -> None:
-    """The results, and whether they are within the limits."""
-    table = Table(title=f"nm-jax prune --pattern {PATTERN}, tensors of 64 MB")
-    for column in ("dtype", "size", "time", "MB/s", "core time", "peak memory", "solving", "reading", "writing"):
-        table.add_column(column, justify="left" if column == "dtype" else "right")
-    for row in rows:
-        table.add_row(
+def measure(run: Run) -> dict:
+    """Both dtypes."""
+    sizes = (QUICK_TENSORS, QUICK_BYTES) if run.quick else (TENSORS, TENSOR_BYTES)
+    with tempfile.TemporaryDirectory() as folder, run.progress() as progress:
+        rows = [prune(Path(folder), dtype, *sizes) for dtype in progress.track(DTYPES, description="prune")]
+    return {"pattern": PATTERN, "runs": rows}
+
+
+def tables(result: dict) -> list[Table]:
+    """Speed, memory, and where the time goes."""
+    header = ("dtype", "size", "time", "MB/s", "core time", "peak memory", "solving", "reading", "writing")
+    rows = [
+        (
             row["dtype"],
             f"{row['bytes'] / 1e9:.2f} GB",
             f"{row['seconds']:.1f} s",
@@ -106,40 +109,22 @@ def print_table(console: Console, rows: list[dict]) -> None:
             f"{row['peak_bytes'] / 1e9:.2f} GB",
             *(f"{100 * row[part]:.0f} %" for part in ("solving", "reading", "writing")),
         )
-    console.print(table)
+        for row in result["runs"]
+    ]
     within = all(
         row["peak_bytes"] < LIMITS["peak_bytes"] and row["bytes_per_second"] >= LIMITS["bytes_per_second"]
-        for row in rows
+        for row in result["runs"]
     )
-    console.print(
-        f"limits of {LIMITS['peak_bytes'] / 1e9} GB and {LIMITS['bytes_per_second'] / 1e6:.0f} MB/s: "
-        f"{'kept' if within else 'NOT kept'}; times are of the whole command, start and compilation included"
+    notes = (
+        f"Limits of {LIMITS['peak_bytes'] / 1e9} GB and {LIMITS['bytes_per_second'] / 1e6:.0f} MB/s: "
+        f"{'kept' if within else 'NOT kept'}. Times are of the whole command, start and compilation included."
     )
+    return [Table("prune", header, rows, f"nm-jax prune --pattern {result['pattern']}", notes)]
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="256 MB, and no file of results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
-    args = parser.parse_args()
-    console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [prune(Path(folder), dtype, 4 if args.quick else 32) for dtype in DTYPES]
-    print_table(console, rows)
-    if args.quick:
-        return
-    record = {
-        "device": device_name(),
-        "cores": core_count(),
-        "jax": jax.__version__,
-        "pattern": PATTERN,
-        "runs": rows,
-    }
-    path = results_stem(args.out, "bench/checkpoint").with_suffix(".json")
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"wrote {path}")
+def problems(result: dict) -> list[str]:
+    """A tensor without its pattern, or without the proof that its mask is the optimum."""
+    return [f"{row['dtype']}: a tensor is not as it should be" for row in result["runs"] if not row["ok"]]
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(measure, tables, problems=problems)

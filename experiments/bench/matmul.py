@@ -3,38 +3,37 @@
 Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
 (NeurIPS 2021): with a transposable mask the forward product and the input gradient both run on 2:4 sparse tensor cores.
 
-    python -m experiments.bench.matmul [--check] [--quick]
-
 First every kernel that runs on the device is held against float64 on fresh random data: all pairs of 2:4 patterns,
 sizes that fit no tile, memory full of NaN, gradients through `nm.dot_general`. With `--check` that is all. Then
 products of bfloat16 are timed, forward and input gradient, packing apart and included, against `jnp.dot` and, where
-torch has it, cuSPARSELt; and a training step of a transformer's MLP. Writes `results/bench/matmul/<device>.json`, a
-figure, and the profile that `implementation=None` consults (`nm.matmul.profile_path()`): a kernel becomes the default
-only where it was measured to be faster, packing included.
+torch has it, cuSPARSELt; and a training step of a transformer's MLP. Besides the results, it saves the profile that
+`implementation=None` consults (`nm.matmul.profile_path()`): a kernel becomes the default only where it was measured to
+be faster, packing included.
 
 The target is 1.3 times dense from 4096^3 on, then cuSPARSELt, then 1.6. Without a GPU, the checks run through
-`reference`, and what is timed is that the default costs no more than a plain product. A few minutes.
+`reference`, and what is timed is that the default costs no more than a plain product. Exits with status 1 if a kernel
+is wrong.
+
+Paper: none
+Time: a few minutes on a GPU or 2 cores
+Data: none
 """
 
 import argparse
 import functools
 import importlib.util
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import nm_jax as nm
-from experiments.harness import RESULTS, device_name, results_stem
+from experiments.harness import Experiment, Run, Table
 
 # tokens, rows (outputs), k (inputs)
 SHAPES = [
@@ -45,9 +44,11 @@ SHAPES = [
     (8192, 4096, 14336),
 ]
 CPU_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024)]
+QUICK_SHAPES = [(64, 64, 64)]
 CHECKS = [(512, 512, 1024), (384, 264, 528), (129, 300, 76)]  # tokens, rows, k
 MLP = (8192, 4096, 14336)  # tokens, width, hidden
 TARGET = 1.3
+Side = Literal["forward", "backward"]
 REFERENCE = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == "reference")
 
 
@@ -93,14 +94,16 @@ def error(found: jax.Array, truth: np.ndarray, terms: int) -> float:
     return worst if worst == worst else float("inf")
 
 
-def check(kernel: nm.matmul.Implementation, seed: int) -> dict[str, float]:
+def check(
+    kernel: nm.matmul.Implementation, seed: int, shapes: Sequence[tuple[int, int, int]] = CHECKS
+) -> dict[str, float]:
     """Errors of one implementation, in units of what rounding explains."""
     rng = np.random.default_rng(seed)
     errors = {}
     dense_layer = functools.partial(
         nm.dot_general("2:4-T", implementation=kernel), dimension_numbers=(((1,), (0,)), ((), ()))
     )
-    for tokens, rows, k in CHECKS:
+    for tokens, rows, k in shapes:
         x, w, dy = (rng.normal(size=shape) for shape in ((tokens, k), (k, rows), (tokens, rows)))
         for dtype in (jnp.bfloat16, jnp.float16):
             cast = functools.partial(jnp.asarray, dtype=dtype)
@@ -127,20 +130,9 @@ def check(kernel: nm.matmul.Implementation, seed: int) -> dict[str, float]:
     return errors
 
 
-def run_checks(console: Console, candidates: Sequence[nm.matmul.Implementation], seed: int) -> dict[str, dict]:
-    """All checks, printed; NaN and infinity count as wrong."""
-    results = {}
-    for kernel in candidates:
-        errors = results[kernel.name] = check(kernel, seed)
-        wrong = {name: value for name, value in errors.items() if value > 1}
-        verdict = "[red]WRONG[/red]" if wrong else "[green]right[/green]"
-        worst = max(errors.values())
-        console.print(
-            f"{kernel.name}: {verdict}, {len(errors)} checks, worst error {worst:.2f} of what rounding allows"
-        )
-        for name, value in wrong.items():
-            console.print(f"  {name}: {value:.3g}")
-    return results
+def wrong(errors: dict[str, float]) -> dict[str, float]:
+    """The checks that failed; NaN and infinity count as failed."""
+    return {name: value for name, value in errors.items() if not value <= 1}
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -187,7 +179,7 @@ def cusparselt(w: np.ndarray, x: np.ndarray, repeats: int) -> float | None:
     return float(np.median(seconds[3:]))
 
 
-def bench_product(kernel: nm.matmul.Implementation, shape: tuple[int, int, int], side: str, repeats: int) -> dict:
+def bench_product(kernel: nm.matmul.Implementation, shape: tuple[int, int, int], side: Side, repeats: int) -> dict:
     """Times of x A^T: A is W^T of a weight W (k, rows) forward, and the weight (rows, k) itself in the gradient."""
     tokens, rows, k = shape
     rng = np.random.default_rng(0)
@@ -201,14 +193,16 @@ def bench_product(kernel: nm.matmul.Implementation, shape: tuple[int, int, int],
     product = jax.jit(kernel.product)
     both = jax.jit(lambda w, x: kernel.product(getattr(nm.pack(w, orientation=side), side), x))
     dot = jax.jit(lambda w, x: jnp.dot(x, w if forward else w.T))
-    seconds = medians(
-        {
-            "dense": lambda: dot(weight, inputs),
-            "sparse": lambda: product(packed, inputs),
-            "packing": lambda: pack(weight),
-            "sparse and packing": lambda: both(weight, inputs),
-        },
-        repeats,
+    seconds: dict[str, float | None] = dict(
+        medians(
+            {
+                "dense": lambda: dot(weight, inputs),
+                "sparse": lambda: product(packed, inputs),
+                "packing": lambda: pack(weight),
+                "sparse and packing": lambda: both(weight, inputs),
+            },
+            repeats,
+        )
     )
     seconds["cusparselt"] = cusparselt(w.T if forward else w, x, repeats)
     return {"implementation": kernel.name, "side": side, "tokens": tokens, "rows": rows, "k": k, "seconds": seconds}
@@ -266,31 +260,66 @@ def bench_default(shape: tuple[int, int, int], repeats: int) -> dict:
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
-def print_products(console: Console, products: list[dict], steps: list[dict]) -> None:
-    """Speed relative to the dense product in the same run."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("kernel", "product", "tokens x rows x k", "dense\nTFLOP/s", "packed", "with packing", "cuSPARSELt"):
-        table.add_column(column)
-    for row in products:
-        seconds, sizes = row["seconds"], (row["tokens"], row["rows"], row["k"])
-        rate = 2 * np.prod(np.array(sizes, float)) / seconds["dense"] / 1e12
-        ratios = [
-            seconds[name] and seconds["dense"] / seconds[name]
-            for name in ("sparse", "sparse and packing", "cusparselt")
+def tables(result: dict) -> list[Table]:
+    """Correctness; speed relative to the dense product in the same run; where no kernel runs, the default."""
+    checks = [
+        (name, "WRONG" if wrong(errors) else "right", len(errors), f"{max(errors.values()):.2f}")
+        for name, errors in result["checks"].items()
+    ]
+    found = [Table("checks", ("implementation", "", "checks", "worst error / allowed"), checks, "Against float64")]
+    if "products" in result:
+        header = ("kernel", "product", "tokens x rows x k", "dense, TFLOP/s", "packed", "with packing", "cuSPARSELt")
+        found.append(Table("products", header, [*map(_product, result["products"])], "Times the speed of dense"))
+        steps = [
+            (row["implementation"], _sizes(row, "tokens", "width", "hidden"), _times(row["seconds"], "sparse"))
+            for row in result["training_steps"]
         ]
-        cells = ["-" if r is None else f"[{'green' if r >= TARGET else 'red'}]{r:.2f}x[/]" for r in ratios]
-        table.add_row(row["implementation"], row["side"], " x ".join(map(str, sizes)), f"{rate:.0f}", *cells)
-    console.print(table)
-    for row in steps:
-        gain = row["seconds"]["dense"] / row["seconds"]["sparse"]
-        console.print(
-            f"training step of an MLP {row['tokens']} x {row['width']} x {row['hidden']}, {row['implementation']}: "
-            f"{gain:.2f}x dense (two of three products sparse, packing included)"
-        )
+        notes = "Two of three products sparse, packing included."
+        found.append(Table("steps", ("kernel", "MLP", "speed / dense"), steps, "A training step", notes))
+    if "default" in result:
+        default = [
+            (
+                _sizes(row, "tokens", "rows", "k"),
+                *(f"{row['seconds'][name] / row['seconds']['plain']:.2f}" for name in ("default", "reference")),
+                f"{1e3 * row['seconds']['packing']:.1f}",
+            )
+            for row in result["default"]
+        ]
+        columns = ("tokens x rows x k", "default / jnp.dot", "reference / jnp.dot", "packing both sides, ms")
+        notes = "float32, with both gradients. No sparse kernel runs here, so nothing says how fast one is."
+        found.append(Table("default", columns, default, "Time where no kernel runs", notes))
+    return found
 
 
-def draw(products: list[dict], path: Path) -> None:
-    """Speed relative to dense at each shape."""
+def _sizes(row: dict, *names: str) -> str:
+    return " x ".join(str(row[name]) for name in names)
+
+
+def _times(seconds: dict, name: str) -> str:
+    return f"{seconds['dense'] / seconds[name]:.2f}" if seconds[name] else "-"
+
+
+def _product(row: dict) -> tuple[str, ...]:
+    seconds = row["seconds"]
+    rate = 2 * np.prod([float(row[name]) for name in ("tokens", "rows", "k")]) / seconds["dense"] / 1e12
+    speeds = (_times(seconds, name) for name in ("sparse", "sparse and packing", "cusparselt"))
+    return row["implementation"], row["side"], _sizes(row, "tokens", "rows", "k"), f"{rate:.0f}", *speeds
+
+
+def problems(result: dict) -> list[str]:
+    """Checks that failed."""
+    return [
+        f"{kernel} is wrong: {name}, {value:.3g} times the error that rounding allows"
+        for kernel, errors in result["checks"].items()
+        for name, value in wrong(errors).items()
+    ]
+
+
+def draw(result: dict) -> Figure | None:
+    """Speed relative to dense at each shape; nothing where no kernel ran."""
+    products = result.get("products", [])
+    if not products:
+        return None
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     labels = [f"{p['side']}\n{p['tokens']} x {p['rows']}\nx {p['k']}\n{p['implementation']}" for p in products]
@@ -302,7 +331,7 @@ def draw(products: list[dict], path: Path) -> None:
     axes.set_xticks(range(len(products)), labels, fontsize=6)
     axes.set_ylabel("times the speed of the dense product")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Measurement]:
@@ -319,67 +348,43 @@ def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Mea
     return found
 
 
-def main() -> int:
-    """Runs the benchmark; 1 if a kernel is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="correctness alone")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape, few repetitions: noisier")
-    parser.add_argument("--seed", type=int, help="of the random data; a fresh one unless given")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--profile", type=Path, help="where to save the profile, instead of the default place")
-    args = parser.parse_args()
-    console = Console()
+def measure(run: Run) -> dict:
+    """Checks, then times what runs here."""
     device = jax.devices()[0]
     able, reasons = kernels(device)
-    seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
-    console.print(f"{device.device_kind}, jax {jax.__version__}, seed {seed}", highlight=False)
+    given = run.args.seed
+    seed = given if given is not None else int(np.random.SeedSequence().generate_state(1)[0])
+    run.console.print(f"{device.device_kind}, jax {jax.__version__}, seed {seed}", highlight=False)
     if not able:
-        console.print("No sparse kernel runs here, so nothing says how fast one is:")
+        run.console.print("No sparse kernel runs here:")
         for name, reason in reasons.items():
-            console.print(f"  {name}: {reason}", highlight=False)
-    checks = run_checks(console, able or [REFERENCE], seed)
-    right = [kernel for kernel in able if max(checks[kernel.name].values()) <= 1]
-    failed = any(value > 1 for errors in checks.values() for value in errors.values())
-    if args.check:
-        return int(failed)
-
-    repeats = 7 if args.quick else 30
-    record = {
-        "device": device_name(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "quick": args.quick,
-        "seed": seed,
-        "checks": checks,
-    }
-    stem = results_stem(args.out, "bench/matmul")
-    if right:
-        shapes = SHAPES[:1] if args.quick else SHAPES
-        sides = ("forward", "backward")
-        products = [
-            bench_product(kernel, shape, side, repeats) for kernel in right for shape in shapes for side in sides
+            run.console.print(f"  {name}: {reason}", highlight=False)
+    shapes = CHECKS[-1:] if run.quick else CHECKS
+    checks = {kernel.name: check(kernel, seed, shapes) for kernel in able or [REFERENCE]}
+    result: dict = {"seed": seed, "checks": checks}
+    if run.args.check:
+        return result
+    repeats = 7 if run.quick else 30
+    if right := [kernel for kernel in able if not wrong(checks[kernel.name])]:
+        result["products"] = [
+            bench_product(kernel, shape, side, repeats)
+            for kernel in right
+            for shape in (SHAPES[:1] if run.quick else SHAPES)
+            for side in get_args(Side)
         ]
-        steps = [bench_training_step(kernel, MLP, repeats) for kernel in right]
-        print_products(console, products, steps)
-        draw(products, stem.with_suffix(".png"))
-        profile = nm.matmul.save_profile(measurements(products, device), args.profile)
-        console.print(f"wrote {profile}, which implementation=None now consults")
-        record |= {"products": products, "training_steps": steps}
+        result["training_steps"] = [bench_training_step(kernel, MLP, repeats) for kernel in right]
+        profile = nm.matmul.save_profile(measurements(result["products"], device), run.args.profile)
+        run.console.print(f"wrote {profile}, which implementation=None now consults")
     elif not able:
-        record["default"] = [bench_default(shape, repeats) for shape in CPU_SHAPES]
-        for row in record["default"]:
-            seconds = row["seconds"]
-            console.print(
-                f"{row['tokens']} x {row['rows']} x {row['k']} float32, with both gradients: "
-                f"default {seconds['default'] / seconds['plain']:.2f} and reference "
-                f"{seconds['reference'] / seconds['plain']:.2f} times as long as jnp.dot; "
-                f"packing both sides {1e3 * seconds['packing']:.1f} ms",
-                highlight=False,
-            )
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"wrote {stem.with_suffix('.json')}", highlight=False)
-    return int(failed)
+        result["default"] = [bench_default(shape, repeats) for shape in (QUICK_SHAPES if run.quick else CPU_SHAPES)]
+    return result
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def options(parser: argparse.ArgumentParser) -> None:
+    """What to do, and with which numbers."""
+    parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--seed", type=int, help="of the random data; a fresh one unless given")
+    parser.add_argument("--profile", type=Path, help="where to save the profile, instead of the default place")
+
+
+EXPERIMENT = Experiment(measure, tables, draw, problems, options)

@@ -5,47 +5,61 @@ Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Met
 the 2-approximation, 65 to 180 % with exact solvers. Here both optimisers train the same network in one process, a few
 steps each in turn, so that whatever else the machine does hits both alike.
 
-    python -m experiments.bench.training [--quick]
-
 The target is 1.10 times the plain step without a refresh. What a sparse step adds is elementwise work bound by memory,
 so its share falls with the batch. The state takes 5 bytes a weight more than the inner optimiser's (a float32 dense
-copy and a mask of one byte). Writes `results/bench/training/<device>.json`
-beside this file. About 6 minutes on 2 cores, 3 with `--quick`.
+copy and a mask of one byte).
+
+Paper: Table 2
+Time: 6 minutes on 2 cores
+Data: none
 """
 
-import argparse
-import json
+import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import nm_jax as nm
-from experiments.harness import RESULTS, core_count, device_name, results_stem
+from experiments.harness import Experiment, Run, Table
+from experiments.train import Task, Training
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T")
 REFRESH_EVERY = 40
 NEVER = 10**9  # the refresh is compiled into the step, and never due
 TARGET = 1.10
 BURST = 8  # steps a variant takes in turn; divides REFRESH_EVERY, so that every turn of a period is alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A multilayer perceptron, and how long it is measured.
+
+    Attributes:
+      sizes: of the layers, the input's first.
+      batch: examples.
+      periods: refresh periods measured.
+    """
+
+    sizes: tuple[int, ...]
+    batch: int
+    periods: int
+
+
 MODELS = {
-    # name: (layer sizes, batch, refresh periods measured, with --quick)
-    "small": ((512, 384, 256, 16), 1024, 10, 3),
-    "small, small batch": ((512, 384, 256, 16), 256, 10, 3),
-    "large": ((1024,) * 7, 1024, 2, 1),
+    "small": Model((512, 384, 256, 16), 1024, 10),
+    "small, small batch": Model((512, 384, 256, 16), 256, 10),
+    "large": Model((1024,) * 7, 1024, 2),
 }
-BLOCKS = 1 << 16
+QUICK = {"tiny": Model((16, 16, 8), 8, 1)}
+TILES = 1 << 16
 
 
-def make_params(sizes: tuple[int, ...], seed: int = 0):
+def make_params(sizes: tuple[int, ...], seed: int = 0) -> dict[str, dict[str, jax.Array]]:
     """A multilayer perceptron as a plain dict; He initialisation."""
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     return {
@@ -57,7 +71,7 @@ def make_params(sizes: tuple[int, ...], seed: int = 0):
     }
 
 
-def apply(params, x):
+def apply(params: dict, x: jax.Array) -> jax.Array:
     """The network's output."""
     *hidden, last = params.values()
     for layer in hidden:
@@ -65,67 +79,62 @@ def apply(params, x):
     return x @ last["kernel"] + last["bias"]
 
 
-class Variant:
-    """One optimiser training its own copy of the network."""
-
-    def __init__(self, tx: optax.GradientTransformation, sizes: tuple[int, ...], batch: tuple[jax.Array, jax.Array]):
-        self.params = make_params(sizes)
-        self.opt_state = tx.init(self.params)
-        self.batch = batch
-        self.seconds: list[float] = []
-
-        def step(params, opt_state, batch):
-            x, y = batch
-            loss, grads = jax.value_and_grad(lambda p: jnp.mean((apply(p, x) - y) ** 2))(params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, loss
-
-        # Donated, as real loops do: the optimiser works in place.
-        self._step = jax.jit(step, donate_argnums=(0, 1))
-
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next steps."""
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            self.params, self.opt_state, loss = self._step(self.params, self.opt_state, self.batch)
-            jax.block_until_ready((self.params, self.opt_state, loss))
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-
-def bench_model(name: str, periods: int, advance: Callable[[], None]) -> dict:
-    """Times of all variants of one model, and the bytes of their states."""
-    sizes, batch_size, *_ = MODELS[name]
+def regression(model: Model) -> Task:
+    """One random batch, again and again."""
     keys = jax.random.split(jax.random.key(1), 2)
-    batch = jax.random.normal(keys[0], (batch_size, sizes[0])), jax.random.normal(keys[1], (batch_size, sizes[-1]))
-    inner = optax.adamw(1e-4)
-    variants = {("dense", 0): Variant(inner, sizes, batch)}
-    for pattern in PATTERNS:
-        for every in (NEVER, REFRESH_EVERY):
-            tx = nm.sparse_training(inner, pattern, refresh_every=every)
-            variants[pattern, every] = Variant(tx, sizes, batch)
-    for variant in variants.values():
-        variant.run(REFRESH_EVERY)  # compiles, warms up, and ends a period
-    for _ in range(periods * REFRESH_EVERY // BURST):
-        for variant in variants.values():
-            variant.seconds += variant.run(BURST)
+    x, y = (jax.random.normal(key, (model.batch, model.sizes[end])) for key, end in zip(keys, (0, -1), strict=True))
+
+    def loss(params, extra, batch, key):
+        del key
+        x, y = batch
+        return jnp.mean((apply(params, x) - y) ** 2), extra
+
+    return Task(lambda key: (make_params(model.sizes), {}), loss, lambda number: (x, y))
+
+
+def run_steps(run: Training, steps: int) -> list[float]:
+    """Seconds of each of the next steps."""
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = run.step()
+        jax.block_until_ready((run.state, loss))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def bench_model(model: Model, patterns: tuple[str, ...], advance: Callable[[], None]) -> dict:
+    """Times of all variants of one model, and the bytes of their states."""
+    task, inner = regression(model), optax.adamw(1e-4)
+    steps = model.periods * REFRESH_EVERY
+    optimisers = {("dense", 0): inner} | {
+        (pattern, every): nm.sparse_training(inner, pattern, refresh_every=every)
+        for pattern in patterns
+        for every in (NEVER, REFRESH_EVERY)
+    }
+    runs = {name: Training(task, tx, REFRESH_EVERY + steps) for name, tx in optimisers.items()}
+    for run in runs.values():
+        run_steps(run, REFRESH_EVERY)  # compiles, warms up, and ends a period
+    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in runs}
+    for _ in range(steps // BURST):
+        for name, run in runs.items():
+            seconds[name] += run_steps(run, BURST)
         advance()
 
-    dense = np.array(variants["dense", 0].seconds)
-    result = {
-        "sizes": sizes,
-        "batch": batch_size,
-        "parameters": sum(p.size for p in jax.tree.leaves(variants["dense", 0].params)),
+    dense, state = np.array(seconds["dense", 0]), runs["dense", 0].state
+    parameters = sum(p.size for p in jax.tree.leaves(state.params))
+    result: dict[str, Any] = {
+        "sizes": model.sizes,
+        "batch": model.batch,
+        "parameters": parameters,
         "steps": len(dense),
         "dense_ms": 1e3 * float(np.median(dense)),
-        "dense_state": nbytes(variants["dense", 0].opt_state) / nbytes(variants["dense", 0].params) * 4,
+        "dense_state": nbytes(state.opt_state) / nbytes(state.params) * 4,
         "patterns": {},
     }
-    for pattern in PATTERNS:
-        never = np.array(variants[pattern, NEVER].seconds)
-        periodic = np.array(variants[pattern, REFRESH_EVERY].seconds)
-        refreshes = np.arange(1, len(periodic) + 1) % REFRESH_EVERY == 0
+    refreshes = np.arange(1, len(dense) + 1) % REFRESH_EVERY == 0
+    for pattern in patterns:
+        never, periodic = np.array(seconds[pattern, NEVER]), np.array(seconds[pattern, REFRESH_EVERY])
         result["patterns"][pattern] = {
             "never_ms": 1e3 * float(np.median(never)),
             "never_ratio": float(np.median(never) / np.median(dense)),
@@ -135,7 +144,7 @@ def bench_model(name: str, periods: int, advance: Callable[[], None]) -> dict:
             "refresh_ms": 1e3 * float(np.median(periodic[refreshes])),
             "refresh_ratio": float(np.median(periodic[refreshes]) / np.median(dense)),
             "period_ratio": float(np.mean(periodic) / np.mean(dense)),
-            "state": state_bytes(variants[pattern, REFRESH_EVERY]),
+            "state": state_bytes(runs[pattern, REFRESH_EVERY].state.opt_state, parameters),
         }
     return result
 
@@ -145,22 +154,22 @@ def medians(seconds: np.ndarray) -> np.ndarray:
     return np.median(seconds.reshape(-1, BURST), axis=1)
 
 
-def nbytes(tree) -> int:
+def nbytes(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def state_bytes(variant: Variant) -> dict[str, float]:
+def state_bytes(state: nm.SparseTrainingState, parameters: int) -> dict[str, float]:
     """Bytes of the optimiser's state for each parameter, part by part."""
-    state, size = variant.opt_state, sum(p.size for p in jax.tree.leaves(variant.params))
-    parts = {"dense copy": state.dense, "mask": state.masks, "inner": state.inner, "all": state}
-    return {part: nbytes(tree) / size for part, tree in parts.items()}
+    copy = nbytes(nm.dense_params(state))
+    parts = {"dense copy": copy, "mask": nbytes(nm.masks(state)), "inner": nbytes(state.inner), "all": nbytes(state)}
+    return {part: size / parameters for part, size in parts.items()}
 
 
-def bench_solver(pattern: str, repeats: int) -> dict:
+def bench_solver(pattern: str, tiles: int, repeats: int) -> dict:
     """Throughput of the default solver on Gaussian tiles, under `jit`."""
     parsed = nm.parse_pattern(pattern)
-    scores = jnp.abs(jax.random.normal(jax.random.key(2), (*parsed.tile, BLOCKS)))
+    scores = jnp.abs(jax.random.normal(jax.random.key(2), (*parsed.tile, tiles)))
     solver = nm.solvers.default_solver(parsed)
     solve = jax.jit(lambda s: solver(s, parsed).mask)
     jax.block_until_ready(solve(scores))
@@ -171,100 +180,60 @@ def bench_solver(pattern: str, repeats: int) -> dict:
         seconds.append(time.perf_counter() - start)
     median = float(np.median(seconds))
     return {
-        "solver": str(nm.solvers.default_solver(parsed)),
+        "solver": str(solver),
         "tile": parsed.tile,
-        "tiles_per_second": BLOCKS / median,
+        "tiles_per_second": tiles / median,
         "weights_per_second": scores.size / median,
     }
 
 
-def print_table(console: Console, models: dict, solvers: dict) -> None:
-    """All results as one table."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("model")
-    table.add_column("pattern")
-    for column in (
-        "no\nrefresh",
-        "no refresh,\npaired",
-        "between\nrefreshes",
-        "refresh\nstep",
-        f"mean\nof {REFRESH_EVERY}",
-        "state,\nB/param",
-        "solver,\nM tiles/s",
-    ):
-        table.add_column(column, justify="right")
-    for name, model in models.items():
-        notes = (
-            f"{name}: {model['parameters'] / 1e6:.1f} M",
-            f"batch {model['batch']}",
-            f"adamw {model['dense_ms']:.1f} ms",
-        )
-        for note, (pattern, row) in zip(notes, model["patterns"].items(), strict=True):
-            colour = "green" if row["never_ratio_paired"] <= TARGET else "red"
-            table.add_row(
-                note,
-                pattern,
-                f"{row['never_ratio']:.3f}x",
-                f"[{colour}]{row['never_ratio_paired']:.3f}x[/{colour}]",
-                f"{row['between_ratio']:.3f}x",
-                f"{row['refresh_ratio']:.2f}x",
-                f"{row['period_ratio']:.3f}x",
-                f"{row['state']['all']:.1f}",
-                f"{solvers[pattern]['tiles_per_second'] / 1e6:.2f}",
-                end_section=note == notes[-1],
-            )
-    console.print(table)
-    state = next(iter(models.values()))["patterns"][PATTERNS[-1]]["state"]
-    console.print(
-        "Step times relative to plain adamw in the same process.\n"
-        f"no refresh: compiled in but never due (target {TARGET:.2f}x). paired: median over turns, each against\n"
-        "        the plain turn of the same round; the more robust one on a busy machine.\n"
-        f"between refreshes, refresh step, mean: one run with refresh_every={REFRESH_EVERY}.\n"
-        f"state: {state['dense copy']:.1f} (dense copy) + {state['mask']:.1f} (mask) + {state['inner']:.1f} (inner) "
-        "bytes a parameter.\n"
-        "solver: the default one, on Gaussian tiles.",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps: noisier")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
-    args = parser.parse_args()
-    console = Console()
-    periods = {name: quick if args.quick else full for name, (_, _, full, quick) in MODELS.items()}
+def measure(run: Run) -> dict:
+    """All models and solvers."""
     models = {}
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
-        for name in MODELS:
-            task = progress.add_task(f"{name} model", total=periods[name] * REFRESH_EVERY // BURST)
-            models[name] = bench_model(name, periods[name], lambda task=task: progress.advance(task))
-        task = progress.add_task("solvers", total=len(PATTERNS))
-        solvers = {}
-        for pattern in PATTERNS:
-            solvers[pattern] = bench_solver(pattern, 3 if args.quick else 10)
-            progress.advance(task)
-    print_table(console, models, solvers)
-
-    record = {
-        "device": device_name(),
-        "cores": core_count(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "quick": args.quick,
-        "refresh_every": REFRESH_EVERY,
-        "models": models,
-        "solvers": solvers,
-    }
-    path = results_stem(args.out, "bench/training").with_suffix(".json")
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"wrote {path}")
+    patterns = PATTERNS[-1:] if run.quick else PATTERNS
+    with run.progress() as progress:
+        for name, model in (QUICK if run.quick else MODELS).items():
+            task = progress.add_task(f"{name} model", total=model.periods * REFRESH_EVERY // BURST)
+            models[name] = bench_model(model, patterns, lambda task=task: progress.advance(task))
+        tiles, repeats = (64, 1) if run.quick else (TILES, 10)
+        solvers = {
+            pattern: bench_solver(pattern, tiles, repeats)
+            for pattern in progress.track(patterns, description="solvers")
+        }
+    return {"refresh_every": REFRESH_EVERY, "models": models, "solvers": solvers}
 
 
-if __name__ == "__main__":
-    main()
+def tables(result: dict) -> list[Table]:
+    """Overhead: in full, and the two figures that matter; the state; the solvers."""
+    every = result["refresh_every"]
+    steps, short = [], []
+    for name, model in result["models"].items():
+        size = f"{model['parameters'] / 1e6:.1f} M parameters, {model['batch']}"
+        by_pattern = model["patterns"].items()
+        short.append((size, *(f"{row['never_ratio']:.2f} / {row['period_ratio']:.2f}" for _, row in by_pattern)))
+        for pattern, row in by_pattern:
+            ratios = ("never_ratio", "never_ratio_paired", "between_ratio", "refresh_ratio", "period_ratio")
+            plain = f"{model['dense_ms']:.1f} ms"
+            steps.append((f"{name}: {size}", plain, pattern, *(f"{row[r]:.2f}" for r in ratios)))
+    state = next(iter(result["models"].values()))["patterns"][PATTERNS[-1]]["state"]
+    solvers = [
+        (pattern, row["solver"], f"{row['tiles_per_second'] / 1e6:.2f}", f"{row['weights_per_second'] / 1e6:.0f}")
+        for pattern, row in result["solvers"].items()
+    ]
+    columns = ("no refresh", "no refresh, paired", "between refreshes", "refresh step", f"mean of {every}")
+    return [
+        Table(
+            "steps",
+            ("network, batch", "plain adamw", "pattern", *columns),
+            steps,
+            "Step times relative to plain adamw in the same process",
+            f"no refresh: compiled in but never due (target {TARGET:.2f}). paired: median over turns, each against the "
+            "plain turn of the same round; the more robust one on a busy machine.",
+        ),
+        Table("overhead", ("network, batch: no refresh / mean of 40", *result["solvers"]), short, "The same, in short"),
+        Table("state", tuple(state), [[f"{size:.1f}" for size in state.values()]], "State, bytes a parameter"),
+        Table("solvers", ("pattern", "default solver", "M tiles/s", "M weights/s"), solvers, "Gaussian tiles"),
+    ]
+
+
+EXPERIMENT = Experiment(measure, tables)

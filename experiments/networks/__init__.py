@@ -1,13 +1,15 @@
 """Real pretrained networks in Flax Linen, with their weights, their data and a figure of merit each.
 
-`NETWORKS` has one entry per network; `python -m experiments.networks` evaluates all of them, dense. The modules work at
-any size with random weights and need no data; weights and data are read from the folder that the environment variable
-`NM_JAX_DATA` names.
+`NETWORKS` has one entry per network; `python -m experiments pretrained` evaluates all of them, dense. The modules work
+at any size with random weights and need no data; weights and data are read from the folder that the environment
+variable `NM_JAX_DATA` names.
 """
 
+from experiments.networks.digits import DigitsNet as DigitsNet
 from experiments.networks.minilm import MiniLM as MiniLM
 from experiments.networks.minilm import Tokenizer as Tokenizer
 from experiments.networks.pretrained import NETWORKS as NETWORKS
+from experiments.networks.pretrained import Classifier as Classifier
 from experiments.networks.pretrained import Network as Network
 from experiments.networks.pretrained import row_mask as row_mask
 from experiments.networks.resnet import ResNet as ResNet

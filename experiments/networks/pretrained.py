@@ -40,7 +40,11 @@ class Network:
     def apply(self, variables: dict) -> Callable[..., jax.Array]:
         """`apply(params, *inputs)` with everything but the parameters from `variables`."""
         others = {name: tree for name, tree in variables.items() if name != "params"}
-        return lambda params, *inputs: self.module.apply({"params": params, **others}, *inputs)
+
+        def apply(params: Any, *inputs: jax.Array) -> Any:
+            return self.module.apply({"params": params, **others}, *inputs)
+
+        return apply
 
     def calibration(self, count: int, seed: int) -> list[tuple[jax.Array, ...]]:
         """Batches of inputs: `count` random training examples."""
@@ -54,6 +58,10 @@ class Network:
     def tests(self) -> int:
         """How many test examples there are."""
         return len(self._test_data[-1])
+
+    @property
+    def _test_data(self) -> tuple:
+        raise NotImplementedError
 
     @functools.cached_property
     def _forward(self):

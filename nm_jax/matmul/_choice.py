@@ -14,7 +14,7 @@ from nm_jax.matmul._profile import load_profile, profile_path
 from nm_jax.matmul.base import Implementation, Product
 from nm_jax.matmul.menu import IMPLEMENTATIONS
 
-MEASURE = "run python -m experiments.bench.matmul"
+MEASURE = "run python -m experiments bench/matmul"
 
 
 def choose(

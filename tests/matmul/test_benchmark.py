@@ -15,9 +15,10 @@ def test_products_are_timed_drawn_and_become_the_profile(tmp_path):
     for row in products:
         times = [row["seconds"][name] for name in ("dense", "sparse", "packing", "sparse and packing")]
         assert all(seconds > 0 for seconds in times)
-    bench.draw(products, tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").stat().st_size > 1000
-    bench.print_products(bench.Console(quiet=True), products, [])
+    result = {"checks": {}, "products": products, "training_steps": []}
+    figure = bench.draw(result)
+    assert figure is not None and len(figure.axes[0].patches) == 3 * len(products)
+    assert [len(table.markdown().splitlines()) for table in bench.tables(result)] == [2, 4, 2]
     device = jax.devices()[0]
     path = nm.matmul.save_profile(bench.measurements(products, device), tmp_path / "profile.json")
     assert {(m.tokens, m.rows, m.k) for m in nm.matmul.load_profile(path)} == {(64, 32, 48)}
