@@ -1,5 +1,6 @@
 """Batch-norm tuning: the running statistics of a network, estimated anew after its weights have changed."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.rules import path_of
+from nm_jax._model._batches import argument_tuples
 
 
 def tune_batch_norm(
     update: Callable[..., PyTree[Array]], stats: PyTree[Array], batches: Iterable[Any]
 ) -> PyTree[Array]:
-    """The statistics of calibration batches: their exact averages instead of running ones that forget.
+    """The statistics of calibration batches: their averages instead of running ones that forget.
 
     Args:
       update: `update(stats, *inputs)` runs the network in training mode and returns the updated statistics, such as
@@ -24,37 +26,50 @@ def tune_batch_norm(
                 return model.apply(variables, *inputs, train=True, mutable=["batch_stats"])[1]["batch_stats"]
 
         It must move each statistic by a fixed share toward that of the batch (momentum), as every batch norm does. It
-        is called once per batch and once more: give it `jax.jit` when there are several.
+        is called once per batch and once more, as it is: give it `jax.jit` when there are several.
       stats: the present statistics, leaves called `mean` and `var` (Flax Linen's `batch_stats`, Flax NNX's
         `BatchStat`); others stay as they are.
       batches: tuples of inputs (anything else is a single input). Larger batches count more, by their leading size.
 
     Returns:
       A tree like `stats`. A variance is that of all batches together, what differs between their means included.
+      Averages are in float64, of the statistics that the update finds in its own precision.
 
     Raises:
-      ValueError: when there is no batch, or when the update does not move the statistics.
+      ValueError: when there is no batch, when the update does not move the statistics, or when they have other names.
 
     One pass through the network in training mode per batch. Source: Section A.1.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> def update(stats, x):
+      ...     return {"mean": 0.9 * stats["mean"] + 0.1 * x.mean(0), "var": 0.9 * stats["var"] + 0.1 * x.var(0)}
+      >>> stats = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+      >>> tuned = nm.tune_batch_norm(update, stats, [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])])
+      >>> [round(float(tuned[name][0]), 3) for name in ("mean", "var")]
+      [4.0, 5.0]
     """
 
-    def update_from(value: int, inputs: tuple) -> dict[str, np.ndarray]:
+    def update_from(start: Callable[[Array], Array], inputs: tuple) -> dict[str, np.ndarray]:
         # A new tree each time: an update may write into the one it gets, as Flax NNX does.
         def fill(keys, leaf):
-            return jnp.full_like(leaf, value) if _counts(path_of(keys)) else leaf
+            return start(leaf) if _counts(path_of(keys)) else leaf
 
         return _by_path(update(jax.tree_util.tree_map_with_path(fill, stats), *inputs))
 
     averages: dict[str, np.ndarray] = {}
     decay: dict[str, np.ndarray] = {}
     total = 0
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        # An update is decay * old + (1 - decay) * statistic of the batch: from 0 it tells the latter, from 1 the decay.
-        moved = update_from(0, inputs)
+    for inputs in argument_tuples(batches):
+        # An update is decay * old + (1 - decay) * statistic of the batch. From 0 it tells the latter; from a number
+        # beside which that is nothing, the decay.
+        moved = update_from(jnp.zeros_like, inputs)
         if not decay:
-            decay = {path: new - moved[path] for path, new in update_from(1, inputs).items()}
-            _check(decay)
+            far = update_from(lambda leaf: jnp.full_like(leaf, _far(leaf.dtype)), inputs)
+            old = _leaves(stats)
+            decay = {path: _decay(moved[path], far[path], old[path].dtype) for path in moved}
+            _check(decay, list(old))
         count = jnp.shape(jax.tree.leaves(inputs)[0])[0]
         total += count
         for path, average in _averages({path: moved[path] / (1 - decay[path]) for path in decay}).items():
@@ -74,14 +89,29 @@ def tune_batch_norm(
     return jax.tree_util.tree_map_with_path(tuned, stats)
 
 
+def _far(dtype: Any) -> float:
+    """A power of two that is large beside any statistic, and whose share in an update is exact."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
+
+
+def _decay(near: np.ndarray, far: np.ndarray, dtype: Any) -> np.ndarray:
+    """The share of the old statistic. One minus it needs more digits than a float32 has: they are those of the shortest
+    number that rounds to it, because a momentum is a number that somebody wrote."""
+    rounded = ((far - near) / _far(dtype)).astype(dtype)
+    return np.array([float(str(share)) for share in rounded.ravel()]).reshape(rounded.shape)
+
+
+def _leaves(stats: PyTree[Array]) -> dict[str, Any]:
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stats)[0]}
+
+
 def _by_path(stats: PyTree[Array]) -> dict[str, np.ndarray]:
     """Means and variances, in double precision."""
-    leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stats)[0]}
-    return {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items() if _counts(path)}
+    return {path: np.asarray(leaf, np.float64) for path, leaf in _leaves(stats).items() if _counts(path)}
 
 
 def _counts(path: str) -> bool:
-    return path.rsplit("/", 1)[-1] in ("mean", "var")
+    return re.split("[/.]", path)[-1] in ("mean", "var")
 
 
 def _mean_of(path: str) -> str:
@@ -93,9 +123,13 @@ def _averages(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {path: s + stats[_mean_of(path)] ** 2 if path.endswith("var") else s for path, s in stats.items()}
 
 
-def _check(decay: dict[str, np.ndarray]) -> None:
+def _check(decay: dict[str, np.ndarray], paths: list[str]) -> None:
     if not decay:
-        raise ValueError("stats has no leaves called 'mean' and 'var': pass the statistics of batch norm")
+        others = [path for path in paths if path.endswith(("mean", "var"))]
+        rename = f"; rename {', '.join(others[:4])} in what `update` takes and returns" if others else ""
+        raise ValueError(
+            f"stats has no leaves called 'mean' and 'var': pass the statistics of batch norm by these names{rename}"
+        )
     for path, share in decay.items():
         if path.endswith("var") and _mean_of(path) not in decay:
             raise ValueError(f"{path}: there is no {_mean_of(path)} beside it")
