@@ -46,16 +46,16 @@ from ._model.gram import gram as gram
 
 # A pretrained network, without training.
 from ._reconstruct._convert import Conversion as Conversion
-from ._reconstruct._convert import Violations as Violations
-from ._reconstruct._convert import choose_patterns as choose_patterns
+from ._reconstruct._violations import Violations as Violations
+from ._reconstruct._violations import choose_patterns as choose_patterns
 from ._reconstruct._convert import convert as convert
 from ._reconstruct._convert import fit_masks as fit_masks
-from ._reconstruct._convert import pattern_violations as pattern_violations
-from ._reconstruct._convert import violation_probability as violation_probability
-from ._reconstruct._adaprune import PrunedLayer as PrunedLayer
-from ._reconstruct._adaprune import PruneReport as PruneReport
+from ._reconstruct._violations import pattern_violations as pattern_violations
+from ._reconstruct._violations import violation_probability as violation_probability
+from ._reconstruct._report import PrunedLayer as PrunedLayer
+from ._reconstruct._report import PruneReport as PruneReport
 from ._reconstruct._adaprune import adaprune as adaprune
-from ._reconstruct._adaprune import reconstruct_layers as reconstruct_layers
+from ._reconstruct._layers import reconstruct_layers as reconstruct_layers
 from ._reconstruct._layer import Reconstruction as Reconstruction
 from ._reconstruct._absorb_mean import absorb_mean as absorb_mean
 from ._reconstruct._layer import output_error as output_error

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from nm_jax._core.rules import DenseLeaf, Leaf, SparseLeaf, empty, path_of
+from nm_jax._core.patterns import Pattern
+from nm_jax._core.rules import DenseLeaf, Leaf, LeafRules, SparseLeaf, empty, path_of
 
 
 def fill(treedef: Any, leaves: Sequence[Leaf], values: Iterable[Any], otherwise: Any) -> PyTree:
@@ -24,3 +25,16 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     that the masks in the state of an optimiser fit the parameters of any framework."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
     return {path_of(keys): leaf for keys, leaf in nodes}
+
+
+def masks_by_path(masks: PyTree) -> dict[str, Any]:
+    """The leaves of a tree of masks by their path.
+
+    Raises:
+      ValueError: for rules or a plan in their place.
+    """
+    by_path = leaves_by_path(masks)
+    if isinstance(masks, LeafRules | Pattern) or any(isinstance(leaf, str | Pattern) for leaf in by_path.values()):
+        kind = "rules" if not isinstance(masks, LeafRules) else f"a {type(masks).__name__}"
+        raise ValueError(f"masks is {kind}, and not a tree of masks; give nm_jax.compute_masks(params, rules)")
+    return by_path

@@ -21,6 +21,15 @@ class PrunedLayer:
       held_out_after: the second on these.
       iterations: of the solver.
       bias: whether its bias took up the mean of the change.
+      remark: what else there is to say, such as that no bias of it is known.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> row = nm.PrunedLayer("dense/kernel", (4, 4), 0.5, size=4, rows=100, before=0.2, after=0.1, iterations=16)
+      >>> print(nm.PruneReport((row,)))
+      1 pruned layer; error of the output relative to it, with masked weights and with the new ones
+      path          shape  kept   rows/K  error  now  iterations
+      dense/kernel  4x4    50.0%  25      20%    10%  16
     """
 
     path: str
@@ -34,6 +43,7 @@ class PrunedLayer:
     held_out_after: float | None = None
     iterations: int | None = None
     bias: bool = False
+    remark: str = ""
 
     def cells(self) -> dict[str, str]:
         """The row as it is printed."""
@@ -48,7 +58,7 @@ class PrunedLayer:
             "now ": self.held_out_after,
         }
         cells |= {name: f"{100 * error:.3g}%" for name, error in errors.items() if error is not None}
-        return cells | {"iterations": str(self.iterations), "remark": "bias moved" if self.bias else ""}
+        return cells | {"iterations": str(self.iterations), "remark": "bias moved" if self.bias else self.remark}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,12 @@ class PruneReport:
 
     Attributes:
       layers: one row per masked parameter, in the order in which they were reconstructed.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> report = nm.PruneReport((nm.PrunedLayer("dense/kernel", (4, 4), 0.5),))
+      >>> report["dense/kernel"].kept
+      0.5
     """
 
     layers: tuple[PrunedLayer, ...]

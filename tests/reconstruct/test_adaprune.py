@@ -108,3 +108,64 @@ def test_a_model_that_cannot_be_pruned_is_an_error(change, message):
     options = {"batches": [x]} | change
     with pytest.raises(ValueError, match=message):
         nm.adaprune(apply, params, nm.compute_masks(params, RULES), options.pop("batches"), **options)
+
+
+def flat(params, names):
+    """The same parameters under flat names."""
+    return {names[name].format(layer): leaf for layer, own in params.items() for name, leaf in own.items()}
+
+
+NAMES = {
+    "dotted": {"kernel": "{}.weight", "bias": "{}.bias"},
+    "slashed": {"kernel": "{}/kernel", "bias": "{}/bias"},
+    "prefixed": {"kernel": "{}.in_proj_weight", "bias": "{}.in_proj_bias"},
+    "short": {"kernel": "{}/w", "bias": "{}/b"},
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_a_bias_is_found_beside_its_kernel_whatever_the_names(names):
+    params, x = network()
+    names = NAMES[names]
+    masks = nm.compute_masks(params, RULES)
+    expected, _ = nm.adaprune(apply, params, masks, [x])
+    flat_masks = flat({layer: {"kernel": own["kernel"]} for layer, own in masks.items()}, names)
+    renamed = flat(params, names)
+
+    def apply_flat(renamed, x):
+        return apply({f"layer{k}": {n: renamed[names[n].format(f"layer{k}")] for n in names} for k in range(3)}, x)
+
+    new, report = nm.adaprune(apply_flat, renamed, dict.fromkeys(renamed) | flat_masks, [x])
+    assert all(row.bias and "bias moved" in str(report) for row in report.layers)
+    for path, leaf in flat(expected, names).items():
+        np.testing.assert_allclose(new[path], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_a_bias_is_told_from_one_whose_bias_moved():
+    params, x = network()
+    masks = nm.compute_masks(params, RULES)
+    renamed = {layer: {"kernel": own["kernel"], "offset": own["bias"]} for layer, own in params.items()}
+
+    def apply_renamed(renamed, x):
+        return apply({layer: {"kernel": own["kernel"], "bias": own["offset"]} for layer, own in renamed.items()}, x)
+
+    no_bias = {layer: {"kernel": own["kernel"], "offset": None} for layer, own in masks.items()}
+    _, report = nm.adaprune(apply_renamed, renamed, no_bias, [x])
+    assert not report.layers[0].bias and "no bias of it is known" in str(report)
+    _, report = nm.adaprune(apply_renamed, renamed, no_bias, [x], biases=False)
+    assert "no bias" not in str(report)
+
+
+def test_two_kernels_may_share_a_bias():
+    draw = np.random.default_rng(0)
+    sizes = {"kernel": (8, 4), "recurrent_kernel": (12, 4), "bias": (4,)}
+    params = {name: jnp.asarray(draw.normal(size=size), jnp.float32) for name, size in sizes.items()}
+    x, h = (jnp.asarray(draw.normal(size=(50, size)) + 1, jnp.float32) for size in (8, 12))
+
+    def both(params, x, h):
+        return x @ params["kernel"] + h @ params["recurrent_kernel"] + params["bias"][None]
+
+    masks = nm.compute_masks(params, [("kernel", "2:4", "io")])
+    new, report = nm.adaprune(both, params, masks, [(x, h)])
+    assert all(row.bias for row in report.layers)
+    np.testing.assert_allclose(jnp.mean(both(new, x, h) - both(params, x, h), axis=0), 0, atol=1e-4)

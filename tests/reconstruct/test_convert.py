@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom
 
 import nm_jax as nm
+from nm_jax._reconstruct import _convert, _counting, _violations
 from tests.helpers import check_mask
 
 
@@ -164,3 +165,72 @@ def test_calibration_data_of_the_wrong_shape_is_one_error():
     wrong = grams | {"middle": {"kernel": nm.Gram.from_inputs(jnp.ones((5, 12))), "bias": None}}
     with pytest.raises(ValueError, match=r"middle/kernel: weights of shape \(16, 16\).* need Gram matrices"):
         nm.reconstruct_layers(params, nm.compute_masks(params, plan), wrong)
+
+
+def test_a_model_is_surveyed_once_and_only_what_is_broken_is_solved(monkeypatch):
+    params, x = network()
+    params = pruned(params, "1:4") | {"next": {"kernel": jnp.ones((16, 16))}}
+    plan = nm.plan(apply, params, x[0], pattern="2:4")
+    surveys, solved = [], []
+
+    def resolve(*arguments):
+        surveys.append(arguments)
+        return plan.resolve(params, "skip")
+
+    def compute_masks(params, rules, **options):
+        solved.append([leaf.path for leaf in rules.leaves if isinstance(leaf, _violations.SparseLeaf)])
+        return nm.compute_masks(params, rules, **options)
+
+    monkeypatch.setattr(_violations, "resolve", resolve)
+    for module in (_convert, _violations):
+        monkeypatch.setattr(module, "compute_masks", compute_masks)
+    new, conversion = nm.convert(apply, params, plan, list(x))
+    assert len(surveys) == 1 and solved == [["next/kernel"]] * 2
+    assert conversion.check.ok and [row.leaf.path for row in conversion.violations] == ["middle/kernel", "next/kernel"]
+    np.testing.assert_array_equal(conversion.masks["middle"]["kernel"], params["middle"]["kernel"] != 0)
+    assert not np.any(np.asarray(new["next"]["kernel"])[~np.asarray(conversion.masks["next"]["kernel"])])
+
+
+def test_a_second_conversion_compiles_nothing():
+    params, x = network()
+    calls = []
+
+    def counted(params, x):
+        calls.append(x.shape)
+        return apply(params, x)
+
+    plan = nm.plan(apply, params, x[0], pattern="2:4")
+    first, _ = nm.convert(counted, params, plan, (batch for batch in x), held_out=iter([x[0]]))
+    traced = len(calls)
+    second, conversion = nm.convert(counted, params, plan, (batch for batch in x), held_out=iter([x[0]]))
+    assert len(calls) == traced
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert conversion.layers["next/kernel"].held_out_after is not None
+
+
+def test_arguments_in_each_others_place_are_named():
+    params, x = network()
+    plan = nm.plan(apply, params, x[0], pattern="2:4")
+    masks, grams = nm.compute_masks(params, plan), nm.gram(apply, params, list(x), plan)
+    for wrong, name in ((plan, "a Plan"), ("2:4", "rules"), ([("next", "2:4")], "rules")):
+        with pytest.raises(ValueError, match=f"masks is {name}, and not a tree of masks; give nm_jax.compute_masks"):
+            nm.adaprune(apply, params, wrong, list(x))
+        with pytest.raises(ValueError, match=f"masks is {name}"):
+            nm.reconstruct_layers(params, wrong, grams)
+    with pytest.raises(ValueError, match="leaves is a plan, a regular expression"):
+        nm.gram(apply, params, list(x), masks)
+    with pytest.raises(ValueError, match="batches is one array of shape"):
+        nm.convert(apply, params, plan, x)
+    with pytest.raises(ValueError, match="held_out is one array of shape"):
+        nm.convert(apply, params, plan, list(x), held_out=x)
+
+
+def test_counts_pass_what_an_int32_holds():
+    shape = (80, 8192, 28672)
+    by_row = jax.eval_shape(_counting._by_row, jax.ShapeDtypeStruct(shape, bool))
+    assert by_row.shape == shape[:2] and shape[2] < 2**31
+    assert _counting.total(np.full(by_row.shape, shape[2], by_row.dtype)) == np.prod(shape, dtype=object)
+    flags = np.random.default_rng(0).random((7, 5, 3)) < 0.3
+    assert _counting.count(jnp.asarray(flags)) == flags.sum()
+    assert _counting.share(jnp.asarray(flags)) == flags.mean()
+    assert _counting.share(jnp.zeros((0, 4), bool)) == 0
