@@ -42,7 +42,7 @@ def test_diagonals_of_gram_matrices(tmp_path, shape, axes, diagonal):
 
 def test_scores_are_used_as_they_are(tmp_path):
     weight, scores = normal(0, (8, 12)), normal(1, (8, 12))
-    save_file({"a.weight": weight, "b.weight": weight}, tmp_path / "in")
+    save_file({"a.weight": weight, "b.weight": normal(2, (8, 12))}, tmp_path / "in")
     nm.save_scores(tmp_path / "scores", {"a.weight": scores, "b.weight": None})
     assert set(load_file(tmp_path / "scores")) == {"a.weight"}
     nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", [("a/", "2:4")], scores=tmp_path / "scores")
