@@ -11,12 +11,13 @@ from typing import Any
 
 import click
 
+from nm_jax import __version__
 from nm_jax.cli import _exits as exits
 from nm_jax.cli._late import Late, nm
 from nm_jax.cli._output import complain
 
 # In the order in which they are listed.
-COMMANDS = ("prune", "verify", "report", "diversity", "completion")
+COMMANDS = ("prune", "verify", "report", "ls", "unpack", "diversity", "completion")
 _jax = Late("jax")
 _HELP = """Prune, verify and look at safetensors checkpoints with N:M sparsity.
 
@@ -62,7 +63,7 @@ class _Commands(click.Group):
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="nm_jax", prog_name="nm-jax", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="nm-jax", message="%(prog)s %(version)s")
 @click.pass_context
 def app(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:

@@ -8,12 +8,17 @@ from nm_jax.cli._output import progress
 
 
 def examine(
-    file: str, rules: Any, partial: str, dense: str | None, see: Callable[[Any], None] = lambda seen: None
+    file: str,
+    rules: Any,
+    partial: str,
+    dense: str | None,
+    quiet: bool = False,
+    see: Callable[[Any], None] = lambda seen: None,
 ) -> Any:
     """The report on a checkpoint; `see` is shown each tensor."""
     examination = checkpoint.Examination(file, rules, partial, dense)
     reports = []
-    with progress("reading", sum(tensor.nbytes for tensor in examination.sparse())) as advance:
+    with progress("reading", sum(tensor.nbytes for tensor in examination.sparse()), quiet) as advance:
         for seen in examination:
             reports.append(seen.report)
             see(seen)

@@ -12,6 +12,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from nm_jax._core.tables import printable
 
+# Files that hold weights too.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+
 
 def echo(text: str = "") -> None:
     """Prints lines, without control characters."""
@@ -44,6 +47,30 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[s
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=total, name="")
         yield lambda name, size: bar.update(task, advance=size, name=printable(name))
+
+
+def summary(totals: Any, read: int, seconds: float | None = None) -> str:
+    """The last lines of a command.
+
+    Args:
+      totals: those of a checkpoint, or a report with them.
+      read: bytes of the tensors that were read.
+      seconds: how long it took; of a report, its own times are taken.
+    """
+    report = None if hasattr(totals, "parameters") else totals
+    totals = totals if report is None else report.totals
+    share = totals.pruned / max(totals.parameters, 1)
+    tensors = f"{totals.tensors} tensor{'' if totals.tensors == 1 else 's'}"
+    size = of_bytes(read) if read == totals.nbytes else f"{of_bytes(read)} before, {of_bytes(totals.nbytes)} after"
+    line = f"{tensors}, {totals.parameters:,} parameters, {100 * share:.1f} % of them pruned; {size}"
+    if report is not None:
+        seconds = sum(report.seconds.values())
+    lines = [line if seconds is None else f"{line}; {seconds:.1f} s"]
+    if report is not None and report.copied:
+        weights = [name for name in report.copied if name.endswith(_WEIGHTS)]
+        others = f"; weights among them are as they were: {', '.join(weights[:5])}" if weights else ""
+        lines.append(f"{len(report.copied)} other file{'' if len(report.copied) == 1 else 's'} copied{others}")
+    return "\n".join(lines)
 
 
 def of_bytes(count: float) -> str:

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from nm_jax._core.axes import Tiling
-from nm_jax._core.tables import shape_text
+from nm_jax._core.tables import printable, shape_text
 from nm_jax.checkpoint import CheckpointReport, TensorReport
 from nm_jax.checkpoint._folder import written_beside
 from nm_jax.checkpoint._verify import Seen
@@ -62,7 +62,7 @@ class Page:
         """
         if self._pictures and not self._shown:
             raise ValueError(f"--picture {self._pictures[0]!r} matches no sparse tensor")
-        title = html.escape(Path(report.path).name)
+        title = _text(Path(report.path).name)
         sections = [
             f"<h1>{title}</h1>",
             _summary(report),
@@ -83,9 +83,9 @@ class Page:
         return _FRAME.format(title=title, style=_STYLE, body="\n".join(sections))
 
 
-def write_page(path: str, text: str) -> None:
+def write_page(path: str, text: str, replace: bool = False) -> None:
     """Writes a page, which gets its name when it is complete."""
-    with written_beside(Path(path)) as beside:
+    with written_beside(Path(path), replace=replace) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -128,9 +128,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Rows become cards on a phone, where each cell shows its column."""
     head = "".join(f"<th>{column}</th>" for column in columns)
     lines = [
-        "<tr>"
-        + "".join(f'<td data-label="{c}">{html.escape(v)}</td>' for c, v in zip(columns, row, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f'<td data-label="{c}">{_text(v)}</td>' for c, v in zip(columns, row, strict=True)) + "</tr>"
         for row in rows
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -142,8 +140,8 @@ def _retained(tensors: Iterable[TensorReport]) -> str:
         share = tensor.record.of_unstructured
         bar = "" if share is None else f'<i style="width:{100 * min(max(share, 0), 1):.2f}%"></i>'
         lines.append(
-            f'<div class="bar"><span>{html.escape(tensor.name)}</span><b>{bar}</b>'
-            f'<em data-tensor="{html.escape(tensor.name)}">{_percent(share)}</em></div>'
+            f'<div class="bar"><span>{_text(tensor.name)}</span><b>{bar}</b>'
+            f'<em data-tensor="{_text(tensor.name)}">{_percent(share)}</em></div>'
         )
     return "\n".join(lines)
 
@@ -165,7 +163,7 @@ def _figure(seen: Seen) -> str:
         n = groups and groups.n
         parts.append(_occupancy("along the contraction axis (W)", report.checked.contraction, n))
         parts.append(_occupancy("along the output axis (W^T)", report.checked.output, n))
-    heading = f"<h3>{html.escape(report.name)} <small>{shape_text(record.shape)}, {record.pattern}</small></h3>"
+    heading = f"<h3>{_text(report.name)} <small>{shape_text(record.shape)}, {record.pattern}</small></h3>"
     return f'<section>{heading}<div class="figures">{"".join(parts)}</div></section>'
 
 
@@ -236,6 +234,11 @@ def _occupancy(where: str, counts: Sequence[int], n: int | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "unknown" if share is None else f"{100 * share:.2f}\u00a0%"
+
+
+def _text(name: str) -> str:
+    """What files say, as HTML."""
+    return html.escape(printable(name))
 
 
 _FRAME = """<!DOCTYPE html>

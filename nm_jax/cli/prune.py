@@ -2,16 +2,18 @@
 
 import dataclasses
 import errno
+import math
 import os
+import time
 from typing import Any
 
 import click
 
-from nm_jax._core.tables import printable, shape_text
+from nm_jax._core.tables import aligned, shape_text
 from nm_jax.cli import _exits as exits
 from nm_jax.cli import _options as options
 from nm_jax.cli._late import Late, checkpoint, nm
-from nm_jax.cli._output import echo, print_json, progress
+from nm_jax.cli._output import echo, print_json, progress, summary
 
 _rules = Late("nm_jax._core.rules")
 _SOLVERS = {"exact": "Exact", "greedy": "Greedy", "flow": "MinCostFlow"}
@@ -23,6 +25,13 @@ _SOLVERS = {"exact": "Exact", "greedy": "Greedy", "flow": "MinCostFlow"}
 @options.with_rules
 @click.option("--solver", type=click.Choice(list(_SOLVERS)), help="For transposable patterns; exact by default.")
 @click.option("--at-most", is_flag=True, help="Transposable patterns keep at most n, which can retain more.")
+@click.option(
+    "--scores",
+    type=options.PATH,
+    metavar="FILE",
+    help="What masks keep the most of, instead of |w|: a safetensors file with the tensors' names, of scores or of the "
+    "diagonals of Gram matrices of their inputs (nm.save_scores writes one).",
+)
 @click.option("--keep-mask", is_flag=True, help="Store a bit-packed mask beside each sparse tensor.")
 @click.option("--packed", is_flag=True, help="Store values and positions: smaller, read by nm_jax only.")
 @click.option(
@@ -33,72 +42,101 @@ _SOLVERS = {"exact": "Exact", "greedy": "Greedy", "flow": "MinCostFlow"}
 )
 @click.option("--strict", is_flag=True, help="Stop if the axes of a tensor are not known.")
 @click.option("--dry-run", is_flag=True, help="Say what would be pruned, and write nothing.")
+@options.force
+@options.quiet
 @options.as_json
 def command(
     source,
     target,
-    pattern,
     rules,
     partial,
-    solver,
     at_most,
+    solver,
     keep_mask,
-    packed,
     include,
     strict,
     dry_run,
+    force,
+    quiet,
     as_json,
+    **more,
 ) -> int:
     """Write a pruned copy of checkpoint IN as OUT.
 
-    OUT gets its name when it is complete; it must not exist. Tensors keep their names, dtypes and shapes, so that
-    every reader of IN reads OUT. Float32, bfloat16 and float16 are pruned, everything else is copied.
+    OUT gets its name when it is complete; it must not exist. Of a folder, the other files are copied. Tensors keep
+    their names, dtypes and shapes, so that every reader of IN reads OUT. Float32, bfloat16 and float16 are pruned,
+    everything else is copied.
     """
-    chosen = options.library_rules(pattern, rules, at_most)
-    if chosen is None:
+    if rules is None:
         raise click.UsageError("say what to prune to: --pattern 2:4-T, or --rule 'regex=pattern'")
+    rules = options.at_most(rules) if at_most else rules
     if dry_run:
-        if os.path.lexists(target):
+        if os.path.lexists(target) and not force:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-        _print_plan(source, chosen, partial, include, strict, as_json)
+        start = time.perf_counter()
+        before = nm.Checkpoint(source)
+        leaves = before.resolve(rules, partial, include=include, strict=strict)
+        _print_plan(before, leaves, time.perf_counter() - start, quiet, as_json)
         return exits.DONE
-    with nm.Checkpoint(source) as before:
-        total = sum(tensor.nbytes for tensor in before.tensors.values())
-    with progress("pruning", total) as advance:
+    read = sum(tensor.nbytes for tensor in nm.Checkpoint(source).tensors.values())
+    with progress("pruning", read, quiet) as advance:
         report = nm.prune_checkpoint(
             source,
             target,
-            chosen,
+            rules,
             solver=None if solver is None else getattr(nm.solvers, _SOLVERS[solver])(),
             partial=partial,
-            packed=packed,
             keep_masks=keep_mask,
             include=include,
             strict=strict,
+            overwrite=force,
             progress=advance,
+            **more,
         )
     if as_json:
         print_json(report.to_json())
-    else:
-        seconds = sum(report.seconds.values())
-        echo(f"{report}\n\nwrote {target}: {total / 1e6:.1f} MB in {seconds:.1f} s")
+    elif not quiet:
+        echo(f"{report}\n\nwrote {target}\n{summary(report, read)}")
     return exits.DONE
 
 
-def _print_plan(source: str, rules: Any, partial: str, include: tuple[str, ...], strict: bool, as_json: bool) -> None:
-    with nm.Checkpoint(source) as before:
-        leaves = before.resolve(rules, partial, include=include, strict=strict)
-        sparse = [leaf for leaf in leaves.values() if isinstance(leaf, _rules.SparseLeaf)]
-        dense = list(checkpoint.dense_tensors(before, leaves))
+def _print_plan(before: Any, leaves: dict[str, Any], seconds: float, quiet: bool, as_json: bool) -> None:
+    sparse = [leaf for leaf in leaves.values() if isinstance(leaf, _rules.SparseLeaf)]
+    earlier = [name for name in before.records if not isinstance(leaves[name], _rules.SparseLeaf)]
+    dense = list(checkpoint.dense_tensors(before, leaves))
+    parameters = sum(math.prod(tensor.shape) for tensor in before.tensors.values())
+    pruned = sum(math.prod(leaf.shape) * (1 - leaf.pattern.density) for leaf in sparse)
+    pruned += sum(before.records[name].size - before.records[name].kept for name in earlier)
+    nbytes = sum(tensor.nbytes for tensor in before.tensors.values())
     if as_json:
         planned = [
             {"name": x.path, "shape": list(x.shape), "axes": x.axes, "source": x.source, "pattern": str(x.pattern)}
             for x in sparse
         ]
-        print_json({"path": source, "tensors": planned, "dense": [dataclasses.asdict(tensor) for tensor in dense]})
+        totals = checkpoint.Totals(len(before.tensors), parameters, round(pruned), nbytes)
+        stays = [dataclasses.asdict(tensor) for tensor in dense]
+        table = {"path": str(before.path), "totals": dataclasses.asdict(totals), "tensors": planned, "earlier": earlier}
+        print_json({**table, "dense": stays})
         return
-    for leaf in sparse:
-        echo(f"{printable(leaf.path)}  {shape_text(leaf.shape)}  {leaf.axes}  {leaf.pattern}  {leaf.source}")
-    for tensor in dense:
-        echo(f"{printable(tensor.name)}  {shape_text(tensor.shape)}  stays dense: {tensor.reason}")
+    if quiet:
+        return
+    rows = [
+        {
+            "tensor": x.path,
+            "shape": shape_text(x.shape),
+            "axes": x.axes,
+            "becomes": str(x.pattern),
+            "because": x.source,
+        }
+        for x in sparse
+    ]
+    for name in earlier:
+        record = before.records[name]
+        row = {"tensor": name, "shape": shape_text(record.shape), "axes": record.axes, "becomes": str(record.pattern)}
+        rows.append({**row, "because": "an earlier run pruned it"})
+    rows += [
+        {"tensor": x.name, "shape": shape_text(x.shape), "becomes": "stays dense", "because": x.reason} for x in dense
+    ]
+    echo("\n".join(aligned(rows)))
     echo(f"\n{len(sparse)} tensors would be pruned, {len(dense)} stay dense; nothing was written")
+    echo(summary(checkpoint.Totals(len(before.tensors), parameters, round(pruned), nbytes), nbytes, seconds))

@@ -20,20 +20,22 @@ _page = Late("nm_jax.cli._page")
 @options.with_rules
 @options.dense
 @click.option("--picture", "pictures", multiple=True, metavar="REGEX", help="Tensors to show; by default the first 3.")
+@options.force
+@options.quiet
 @options.as_json
-def command(file, output, pattern, rules, partial, dense, pictures, as_json) -> int:
+def command(file, output, rules, partial, dense, pictures, force, quiet, as_json) -> int:
     """Write one HTML page that shows what the tensors of checkpoint FILE are.
 
     The page is one file that needs no network: a table of the tensors, the magnitude that they retained, group
     violations, histograms, and pictures of masks. The exit code is that of `verify`.
     """
     page = _page.Page(pictures)
-    if os.path.lexists(output):
+    if os.path.lexists(output) and not force:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), output)
-    found = examine(file, options.library_rules(pattern, rules), partial, dense, page.see)
-    _page.write_page(output, page.render(found))
+    found = examine(file, rules, partial, dense, quiet, page.see)
+    _page.write_page(output, page.render(found), force)
     if as_json:
         print_json(found.to_json())
-    else:
+    elif not quiet:
         echo(f"wrote {output}")
     return exits.DONE if found.ok else exits.VIOLATED

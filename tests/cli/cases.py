@@ -21,9 +21,9 @@ def write_model(path, count=1, size=16):
     return path
 
 
-def process(script, *arguments):
+def process(script, *arguments, **environment):
     """A script in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         env=environment,

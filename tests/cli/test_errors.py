@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.cli.cases import process
+from tests.cli.cases import process, write_model
 
 FAILURES = {
     # arguments after the command's name; {model} and {dir} are filled in: exit code, what the line says
+    "only exclusions": (["verify", "{model}", "--exclude", "l0"], 2, "give --pattern"),
     "no pattern": (["prune", "{model}", "{dir}/out"], 2, "--pattern 2:4-T"),
     "not a pattern": (["prune", "{model}", "{dir}/out", "--pattern", "2:4-X"], 2, "n:m-T"),
     "not a rule": (["prune", "{model}", "{dir}/out", "--rule", "2:4"], 2, "regex=pattern"),
@@ -87,3 +88,76 @@ def test_without_the_extra():
     _, err = done.communicate()
     assert done.returncode == 2
     assert err == "nm-jax: click is not installed; pip install 'nm_jax[cli]'\n"
+
+
+def test_nothing_of_a_name_reaches_a_terminal(run, tmp_path):
+    """Names may hold escape sequences, line ends, and letters that turn the direction of what follows."""
+    names = [
+        "\x1b[2J\x1b]0;title\x07a.weight",
+        "b\n5 tensors would be pruned.weight",
+        "c\u202eevil.weight",
+        "d\x9b31m.bias",
+    ]
+    save_file({name: np.full((8, 8), k + 1, np.float32) for k, name in enumerate(names)}, tmp_path / "in")
+    run("prune", tmp_path / "in", tmp_path / "out", "--pattern", "2:4")
+    commands = (
+        ["prune", tmp_path / "in", tmp_path / "more", "--pattern", "2:4", "--dry-run"],
+        ["prune", tmp_path / "in", tmp_path / "more", "--pattern", "2:4"],
+        ["prune", tmp_path / "in", tmp_path / "even", "--rule", "nothing=2:4"],
+        ["verify", tmp_path / "in", "--pattern", "2:4"],
+        ["verify", tmp_path / "out", "--json"],
+        ["ls", tmp_path / "out"],
+        ["report", tmp_path / "out", "-o", tmp_path / "page"],
+    )
+    for command in commands:
+        _, out, err = run(*command)
+        assert all(character.isprintable() or character == "\n" for character in out + err), command
+        assert "\n5 tensors would be pruned.weight" not in out
+    assert "\x1b" not in (tmp_path / "page").read_text()
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_terminals_that_know_ascii_only(tmp_path, environment):
+    save_file({"blöcke.0.weight": np.ones((8, 8), np.float32)}, tmp_path / "in")
+    script = "import sys; from nm_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    pruning = process(script, "prune", tmp_path / "in", tmp_path / "out", "--pattern", "2:4", **environment)
+    out, err = pruning.communicate()
+    assert (pruning.returncode, err) == (0, "")
+    assert "cke.0.weight" in out
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["verify", "--pattern", "2:4"]], ids=["ls", "verify"])
+def test_a_pipe_that_is_closed_is_no_broken_pattern(tmp_path, arguments):
+    """As `nm-jax verify FILE | head -1` does."""
+    model = write_model(tmp_path / "in", count=1)
+    script = "import sys; from nm_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    reading = process(script, arguments[0], model, *arguments[1:])
+    reading.stdout.close()
+    assert reading.wait() == 141
+    with reading.stderr as errors:
+        assert errors.read() == ""
+
+
+def test_counts_that_would_take_for_ever_are_refused_at_once(run):
+    code, out, err = run("diversity", "8:16-T", "--shape", "16x16")
+    assert (code, out) == (2, "")
+    assert "too many" in err
+
+
+def test_unreadable_input_is_about_files(run, model, tmp_path):
+    """Whatever is asked of it, the exit code is 3."""
+    (tmp_path / "text").write_bytes(b"\xff\xfe l0=2:4")
+    (tmp_path / "damaged").write_bytes(b"not a checkpoint")
+    broken = (
+        ["verify", tmp_path / "damaged"],
+        ["ls", tmp_path / "damaged"],
+        ["unpack", tmp_path / "damaged", tmp_path / "out"],
+        ["report", tmp_path / "damaged", "-o", tmp_path / "out"],
+        ["verify", model, "--pattern", "2:4", "--dense", tmp_path / "damaged"],
+        ["verify", model, "--rules", tmp_path / "gone"],
+        ["verify", model, "--rules", tmp_path / "text"],
+        ["prune", model, tmp_path / "out", "--pattern", "2:4", "--scores", tmp_path / "damaged"],
+    )
+    for command in broken:
+        code, out, err = run(*command)
+        assert (code, out, err.count("\n")) == (3, "", 1), (command, err)
