@@ -99,12 +99,12 @@ def test_nothing_of_a_name_reaches_a_terminal(run, tmp_path):
         "d\x9b31m.bias",
     ]
     save_file({name: np.full((8, 8), k + 1, np.float32) for k, name in enumerate(names)}, tmp_path / "in")
-    run("prune", tmp_path / "in", tmp_path / "out", "--pattern", "2:4")
+    run("prune", tmp_path / "in", tmp_path / "out", "--rule", "weight=2:4@oi")
     commands = (
-        ["prune", tmp_path / "in", tmp_path / "more", "--pattern", "2:4", "--dry-run"],
-        ["prune", tmp_path / "in", tmp_path / "more", "--pattern", "2:4"],
+        ["prune", tmp_path / "in", tmp_path / "more", "--rule", "weight=2:4@oi", "--dry-run"],
+        ["prune", tmp_path / "in", tmp_path / "more", "--rule", "weight=2:4@oi"],
         ["prune", tmp_path / "in", tmp_path / "even", "--rule", "nothing=2:4"],
-        ["verify", tmp_path / "in", "--pattern", "2:4"],
+        ["verify", tmp_path / "in", "--rule", "weight=2:4@oi"],
         ["verify", tmp_path / "out", "--json"],
         ["ls", tmp_path / "out"],
         ["report", tmp_path / "out", "-o", tmp_path / "page"],
