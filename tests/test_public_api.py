@@ -117,3 +117,30 @@ def test_solvers_on_the_host_load_scipy_when_they_solve():
     program = "import jax.numpy as jnp, nm_jax as nm; nm.solve(jnp.ones((4, 4)), '2:4-T', {})"
     assert "scipy.optimize._lsap" not in modules_after(program.format(None))
     assert "scipy.optimize._lsap" in modules_after(program.format("nm.solvers.MinCostFlow()"))
+
+
+HEAVY = (
+    "scipy.optimize",
+    "scipy.sparse",
+    "jax.experimental.pallas",
+    "jax.experimental.mosaic",
+    "jax._src.pallas",
+    "click",
+    "rich",
+)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        'nm.sparse_training(optax.adamw(3e-4), "2:4-T")',
+        'nm.compute_masks({"kernel": jax.numpy.ones((8, 8))}, "2:4")',
+        'nm.solve(jax.numpy.ones((8, 8)), "4:8-T")',
+        "nm.plan, nm.gram, nm.convert, nm.nm_matmul, nm.dot_general, nm.solvers.MinCostFlow",
+    ],
+)
+def test_kernels_and_scipy_are_loaded_when_they_are_used(use):
+    before = modules_after("import jax, optax, jax.numpy")
+    added = modules_after(f"import jax, optax\nimport nm_jax as nm\n{use}") - before
+    heavy = {name for name in added for prefix in HEAVY if name == prefix or name.startswith(prefix + ".")}
+    assert not heavy
