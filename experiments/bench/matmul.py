@@ -188,10 +188,10 @@ def bench_product(kernel: nm.matmul.Implementation, shape: tuple[int, int, int],
     w *= transposable(rng, *w.shape)
     x = rng.normal(size=(tokens, k)).astype(np.float32)
     weight, inputs = jnp.asarray(w, jnp.bfloat16), jnp.asarray(x, jnp.bfloat16)
-    pack = jax.jit(lambda w: getattr(nm.pack(w, orientation=side), side))
+    pack = jax.jit(lambda w: getattr(nm.pack(w, orientation=side), side).matrix)
     packed = pack(weight)
     product = jax.jit(kernel.product)
-    both = jax.jit(lambda w, x: kernel.product(getattr(nm.pack(w, orientation=side), side), x))
+    both = jax.jit(lambda w, x: kernel.product(getattr(nm.pack(w, orientation=side), side).matrix, x))
     dot = jax.jit(lambda w, x: jnp.dot(x, w if forward else w.T))
     seconds: dict[str, float | None] = dict(
         medians(

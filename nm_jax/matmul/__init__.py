@@ -1,11 +1,12 @@
 """Products with 2:4 weights on sparse tensor cores."""
 
 from nm_jax.matmul._api import nm_matmul as nm_matmul
+from nm_jax.matmul._compress import SparseMatrix as SparseMatrix
 from nm_jax.matmul._layers import conv_general_dilated as conv_general_dilated
 from nm_jax.matmul._layers import dot_general as dot_general
 from nm_jax.matmul._layers import einsum as einsum
+from nm_jax.matmul._packing import PackedSide as PackedSide
 from nm_jax.matmul._packing import PackedWeight as PackedWeight
-from nm_jax.matmul._packing import SparseMatrix as SparseMatrix
 from nm_jax.matmul._packing import pack as pack
 from nm_jax.matmul._packing import repack as repack
 from nm_jax.matmul._packing import unpack as unpack

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._choice import choose
-from nm_jax.matmul._packing import PackedWeight, SparseMatrix, compress, pack, take, to_dense
-from nm_jax.matmul.base import Implementation, Product
+from nm_jax.matmul._compress import SparseMatrix, compress
+from nm_jax.matmul._packing import PackedWeight, gradient_of, nan_unless, pack, to_matrix
+from nm_jax.matmul.base import Implementation, Product, is_multiplied, sum_dtype
 
 
 def nm_matmul(
@@ -59,9 +60,27 @@ def nm_matmul(
 
     Works under `jit`, `vmap` (a batch of x becomes one product, weights of a batch are multiplied one after another by
     a sparse implementation, and the choice sees the shape of one example) and reverse-mode differentiation of any
-    order; forward mode through a sparse implementation is refused by jax. The gradient of a packed weight goes to its
-    values, and through `repack` or `pack` to the kept entries of the weight. Kernels see the operands of one device:
-    under a mesh that the compiler partitions, `None` means dense; call it inside `jax.shard_map` to run kernels there.
+    order; forward mode through a sparse implementation or a packed weight is refused by jax. The gradient of a packed
+    weight goes to its values, on both sides alike, and through `repack` or `pack` to the kept entries of the weight.
+    Kernels see the operands of one device: under a mesh that the compiler partitions, `None` means dense; call it
+    inside `jax.shard_map` to run kernels there.
+
+    An infinity or a NaN in x reaches the outputs of its own token alone. Those whose weight keeps it are infinite or
+    NaN; the others are NaN where zeros are multiplied, as dense products and `reference` do, and sparse tensor cores
+    mostly do not.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> w = jax.random.normal(jax.random.key(0), (8, 4))
+      >>> w = w * nm.solve(abs(w), "2:4-T")
+      >>> x = jnp.ones((3, 8))
+      >>> y = nm.nm_matmul(x, w, "2:4-T", implementation="reference")
+      >>> bool(jnp.allclose(y, x @ w, atol=1e-5))
+      True
+      >>> to_w = jax.grad(lambda w: jnp.sum(nm.nm_matmul(x, w, "2:4-T", implementation="reference")))(w)
+      >>> print(to_w[0])  # straight through: pruned weights learn
+      [3. 3. 3. 3.]
     """
     both = sparse_sides(pattern)
     if isinstance(w, PackedWeight):
@@ -70,7 +89,7 @@ def nm_matmul(
     k, rows = w.matrix_shape if isinstance(w, PackedWeight) else w.shape
     product = Product(np.dtype(dtype), math.prod(x.shape[:-1]), rows, k, isinstance(w, PackedWeight))
     sides = choose_sides(product, both, implementation, device)
-    return multiply(x.astype(dtype), _cast(w, dtype), sides, precision)
+    return multiply(x.astype(dtype), w.astype(dtype), sides, precision)
 
 
 def sparse_sides(pattern: str | Pattern) -> bool:
@@ -130,16 +149,16 @@ def _check(x, w, both: bool):
         size, values = w.shape[0], w
     if x.ndim < 1 or x.shape[-1] != size:
         raise ValueError(f"x has shape {x.shape} but the weight takes {size} inputs; its last axis must be that")
+    for name, operand in (("x", x), ("the weight", values)):
+        if not is_multiplied(operand.dtype):
+            raise ValueError(
+                f"nm_matmul multiplies floating point numbers of 16, 32 and 64 bits, and {name} is {operand.dtype}; "
+                "convert it, to bfloat16 for instance"
+            )
     dtype = jnp.result_type(x, values)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"nm_matmul multiplies floating point numbers, got {dtype}; convert an operand")
     if values is w and not isinstance(w, jax.core.Tracer):
         pack(w, orientation="both" if both else "forward")  # raises where it has no 2:4 pattern
     return dtype
-
-
-def _cast(w, dtype):
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, w)
 
 
 # ----------------------------------------------------------------------------------------------- one rule, both sides
@@ -154,11 +173,12 @@ def _product(
     if implementation is None:
         return _dot(x, _dense(w), 1, 1 if transposed else 0, precision)
     if isinstance(w, PackedWeight):
-        a = w.backward if transposed else w.forward
-        assert a is not None  # or no implementation would have been chosen for this side
-    else:
-        left = w if transposed else w.T
-        a, _ = compress(left, nonzero(left))
+        side = w.backward if transposed else w.forward
+        assert side is not None  # or no implementation would have been chosen for this side
+        y = sparse_product(implementation, side.matrix, x)
+        return nan_unless(side.intact, y)
+    left = w if transposed else w.T
+    a, _ = compress(left, nonzero(left))
     return sparse_product(implementation, a, x)
 
 
@@ -172,40 +192,21 @@ def _product_backward(sides, precision, transposed, residuals, gradient):
     left, right = (gradient, x) if transposed else (x, gradient)
     to_w = _dot(left, right, 0, 0, precision)
     if isinstance(w, PackedWeight):
-        to_w = _to_values(w, to_w, "backward" if transposed and sides.backward else "forward")
+        to_w = gradient_of(w, to_w)
     return to_x, to_w
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _to_values(w: PackedWeight, gradient: Float[Array, "in out"], read: str) -> PackedWeight:
-    """The gradient of a packed weight: on the values of the side that the product read."""
-    sides = {}
-    for side, matrix in (("forward", gradient.T), ("backward", gradient)):
-        if (a := getattr(w, side)) is not None:
-            values = take(a, matrix).values if side == read else jnp.zeros_like(a.values)
-            sides[side] = dataclasses.replace(a, values=values, metadata=_no_gradient(a.metadata))
-    return dataclasses.replace(w, overfull=_no_gradient(w.overfull), **sides)
-
-
-def _no_gradient(integers: Array) -> Array:
-    """What jax takes for the gradient of integers."""
-    return np.zeros(integers.shape, jax.dtypes.float0)  # type: ignore[return-value]
-
-
 def _dense(w: Array | PackedWeight) -> Float[Array, "in out"]:
-    if not isinstance(w, PackedWeight):
-        return w
-    assert w.forward is not None  # the caller of the product was asked for it
-    return to_dense(w.forward).T
+    return to_matrix(w) if isinstance(w, PackedWeight) else w
 
 
 def _dot(a, b, over_a: int, over_b: int, precision) -> Array:
     """A dense product accumulated in float32 at least, in the dtype of the operands."""
-    accumulator = jnp.promote_types(a.dtype, jnp.float32)
     dimensions = (((over_a,), (over_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision, accumulator).astype(a.dtype)
+    return jax.lax.dot_general(a, b, dimensions, precision, sum_dtype(a.dtype)).astype(a.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nm_jax.matmul import reference
-from nm_jax.matmul._packing import compress
+from nm_jax.matmul._compress import compress
 from nm_jax.matmul._profile import load_profile, profile_path
 from nm_jax.matmul.base import Implementation, Product
 from nm_jax.matmul.menu import IMPLEMENTATIONS

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._api import Sides, choose_sides, multiply, sparse_sides
 from nm_jax.matmul._choice import default_device, is_gpu, warn_once
-from nm_jax.matmul.base import Implementation, Product
+from nm_jax.matmul.base import Implementation, Product, is_multiplied
 
 
 def dot_general(
@@ -120,7 +120,7 @@ class _Layer:
         why = None
         if k % 4 or (both and rows % 4):
             why = "4 does not divide its sizes"
-        elif lhs.dtype != rhs.dtype or not jnp.issubdtype(rhs.dtype, jnp.floating):
+        elif lhs.dtype != rhs.dtype or not is_multiplied(rhs.dtype):
             why = f"its operands are {lhs.dtype} and {rhs.dtype}"
         elif preferred is not None and jnp.dtype(preferred) != rhs.dtype:
             why = f"its result is to be {jnp.dtype(preferred)}"

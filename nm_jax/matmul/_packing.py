@@ -1,44 +1,72 @@
-"""2:4 matrices as sparse tensor cores read them: the kept values, and two bits of position for each."""
+"""Weights packed once for the products of a layer, and trained so."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped, UInt16
+from jaxtyping import Array, Bool, Float, Shaped
 
 from nm_jax._core.axes import Tiling
 from nm_jax._core.nonzero import nonzero
-
-GROUP = 4  # consecutive columns of which two are kept
-WORD = 16  # columns that one word of metadata covers
+from nm_jax.matmul._compress import GROUP, SparseMatrix, decode, entries, pick, positions, select, to_dense, words
 
 Orientation = Literal["both", "forward", "backward"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SparseMatrix:
-    """The left operand A of a sparse product: a matrix that keeps two of every four consecutive columns.
+class PackedSide:
+    """A `SparseMatrix` whose arrays are all floats, as `jax.grad` and optimisers ask of what they differentiate.
 
     Args:
-      values: the two kept entries of every group of four columns, in the order of their columns. Columns are padded
-        with groups of zeros to a multiple of 16.
-      metadata: one word for 16 columns: four nibbles, the first group in the lowest. The low two bits of a nibble
-        are the position of the first kept entry in its group, the high two bits that of the second, which is larger
-        (the order of the PTX ISA).
-      k: columns of the matrix, without padding.
+      values: as in `SparseMatrix`.
+      metadata: the words of `SparseMatrix.metadata` as numbers, which have no gradient. Here they also say which values
+        only fill a group, and stay zero: the nibble of a group that keeps one entry has its position twice, that of a
+        group that keeps none is 1.
+      k: as in `SparseMatrix`.
     """
 
-    values: Shaped[Array, "rows padded_k//2"]
-    metadata: UInt16[Array, "rows padded_k//16"]
+    values: Shaped[Array, "*batch rows padded_k//2"]
+    metadata: Float[Array, "*batch rows padded_k//16"]
     k: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def rows(self) -> int:
-        return self.values.shape[-2]
+    def matrix(self) -> SparseMatrix:
+        """What implementations take. Raises `ValueError` where a cast has made the metadata unreadable."""
+        first, second = self._pairs
+        empty, single = first > second, first == second
+        second = jnp.where(empty | (single & (second == 0)), 1, second)
+        return SparseMatrix(self.values, words(jnp.where(empty | single, 0, first), second), self.k)
+
+    @property
+    def intact(self) -> Bool[Array, ""]:
+        """Whether the metadata are still words, and not what decay, noise, or an average of two masks makes of them."""
+        first, second = self._pairs
+        whole = jnp.abs(self.metadata - jnp.round(self.metadata)) < 0.125
+        known = (first <= second) | ((first == 1) & (second == 0))
+        return jnp.all(whole & (self.metadata >= 0) & (self.metadata < 2**16)) & jnp.all(known)
+
+    def take(self, dense: Shaped[Array, "rows k"]) -> "PackedSide":
+        """The entries of a dense matrix at the positions of this one."""
+        first, second = self._pairs
+        low = (first < second) | ((first == second) & (first == 0))
+        high = (first < second) | ((first == second) & (first != 0))
+        kept = jnp.stack([low, high], axis=-1).reshape(first.shape[0], -1)
+        values = pick(entries(dense), *decode(self.matrix.metadata))
+        return dataclasses.replace(self, values=jnp.where(kept, values, jnp.zeros_like(values)))
+
+    @property
+    def _pairs(self):
+        if self.metadata.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"the metadata of a packed weight was cast to {self.metadata.dtype}, which cannot hold its positions; "
+                "cast with packed.astype(dtype), which leaves them alone"
+            )
+        return decode(jnp.round(self.metadata).astype(jnp.uint16))
 
 
 @jax.tree_util.register_dataclass
@@ -46,17 +74,36 @@ class SparseMatrix:
 class PackedWeight:
     """A weight W, (in, out) as a matrix, packed for one or both of the products of a layer.
 
+    All its arrays are floats: `jax.grad` takes it, and optax updates it, while the mask stays. A weight that is packed
+    for both products is there twice, and its gradient too, so that updates of each entry keep both alike (a norm
+    over all of them counts it twice; optimisers that mix entries, by factors or orthogonalisation, belong on the
+    weight itself, with `repack`). Metadata have a gradient of zero. Should weight decay, noise or an average of two
+    masks change them nevertheless, products are NaN, not wrong: keep such parts of an optimiser off them
+    (`optax.masked`), or train the weight itself.
+
     Args:
       forward: W^T, for Y^T = W^T X^T; its groups run along the input axis.
       backward: W, for dX^T = W dY^T; its groups run along the output axis.
-      overfull: True if some group had more than two nonzeros, of which the two largest were kept.
+      overfull: share of the groups that had more than two nonzeros, of which the two largest were kept.
       shape: shape of the leaf.
-      axes: its axes (`nm_jax.axes`).
+      axes: its axes, a letter for each dimension: i contraction, o output, b batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import nm_jax as nm
+      >>> w = jnp.tile(jnp.array([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]), (2, 1))
+      >>> packed = nm.pack(w)
+      >>> packed.matrix_shape, packed.forward.values.shape, packed.backward.values.shape
+      ((4, 4), (4, 8), (4, 8))
+      >>> gradient = jax.grad(lambda p: jnp.sum(nm.nm_matmul(jnp.ones((3, 4)), p)))(packed)
+      >>> step = jax.tree.map(lambda p, g: p - 0.1 * g, packed, gradient)
+      >>> print(nm.unpack(step)[0])
+      [0.7 1.7 0.  0. ]
     """
 
-    forward: SparseMatrix | None
-    backward: SparseMatrix | None
-    overfull: Bool[Array, ""]
+    forward: PackedSide | None
+    backward: PackedSide | None
+    overfull: Float[Array, "*batch"]
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     axes: str = dataclasses.field(metadata={"static": True})
 
@@ -64,6 +111,16 @@ class PackedWeight:
     def matrix_shape(self) -> tuple[int, int]:
         """(in, out)"""
         return _tiling(self.shape, self.axes).matrix_shape[1:]
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> "PackedWeight":
+        """The same weight with values of another dtype."""
+        return self._with_sides(lambda side, _: dataclasses.replace(side, values=side.values.astype(dtype)))
+
+    def _with_sides(self, change: Callable, **fields) -> "PackedWeight":
+        """`change(side, name)` of the sides that are there."""
+        sides = {name: getattr(self, name) for name in ("forward", "backward")}
+        changed = {name: side and change(side, name) for name, side in sides.items()}
+        return dataclasses.replace(self, **changed, **fields)
 
 
 def pack(
@@ -81,26 +138,42 @@ def pack(
     nothing is sorted or gathered.
 
     Args:
-      w: one weight of any layout and float dtype.
+      w: one weight of any layout and float dtype; infinities and NaN are packed like other values.
       mask: True = kept, what is pruned is never read (it may be NaN). `None`: the nonzeros of `w` are kept.
-      axes: one letter per dimension (`nm_jax.axes`); of `b` dimensions only such of size 1 (use `jax.vmap` for more).
+      axes: one letter per dimension, i contraction, o output, b batch; of `b` dimensions only such of size 1 (use
+        `jax.vmap` for more).
       orientation: `"forward"` packs W^T for the product X W, `"backward"` W for the product dY W^T, `"both"` both,
         which asks for a transposable mask.
 
     Returns:
       The packed weight. Under `jit`, of a group with more than two entries to keep, the two largest magnitudes are
-      kept (NaN counts as the largest, then the lower position wins), and `overfull` is True.
+      kept (NaN counts as the largest, then the lower position wins), and `overfull` says how many groups had more.
 
     Raises:
       ValueError: for a group with more than two entries to keep (when they are concrete), or axes that do not fit.
 
     For an orientation, the program that XLA makes for a GPU reads the weight once for the values and once for the
-    metadata: 5.1 bytes of memory traffic for an entry of bfloat16 (backward) or 5.6 (forward, which transposes),
-    where 3.1 is the least. A third read for `overfull` vanishes under `jit` where the flag is not used. Works under
-    `jit`, `vmap` and both modes of differentiation (the gradient of a value goes to its entry).
+    metadata: 5.3 bytes of memory traffic for an entry of bfloat16 (backward) or 5.8 (forward, which transposes),
+    where 3.3 is the least. A third read for `overfull` vanishes under `jit` where the flag is not used. Works under
+    `jit`, `vmap` and reverse-mode differentiation: the gradient of a value goes to its entry, and of a weight packed
+    for both products the forward side's is taken, as `nm_matmul` and `unpack` give both sides the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> w = jnp.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
+      >>> mask = nm.solve(abs(w), "2:4-T")
+      >>> packed = nm.pack(w, mask)
+      >>> bool(jnp.all(nm.unpack(packed) == w * mask))
+      True
+      >>> forward_only = nm.pack(w, nm.solve(abs(w), "2:4"), orientation="forward")
+      >>> forward_only.backward is None
+      True
     """
     if orientation not in ("both", "forward", "backward"):
         raise ValueError(f"orientation must be 'both', 'forward' or 'backward', got {orientation!r}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"pack takes a weight of floating point numbers, got {w.dtype}; convert it")
     _check_axes(w.shape, axes)
     if mask is not None and mask.shape != w.shape:
         raise ValueError(f"mask has shape {mask.shape} and the weight {w.shape}; give one boolean for each entry")
@@ -113,13 +186,25 @@ def pack(
 def repack(packed: PackedWeight, w: Float[Array, "..."]) -> PackedWeight:
     """The values of another weight at the positions of a packed one: for a mask that stays while values change.
 
+    A group that kept fewer than two entries still does: what fills it stays zero.
+
     Args:
       packed: whose positions to take.
       w: weight of the same shape.
 
     Returns:
-      The packed weight in the dtype of `w`, with the same metadata. Works under `jit`, `vmap` and both modes of
+      The packed weight in the dtype of `w`, with the same metadata. Works under `jit`, `vmap` and reverse-mode
       differentiation: the gradient of a value goes to its entry, what is not kept gets none.
+
+    Raises:
+      ValueError: where the weight has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> packed = nm.pack(jnp.array([[1.0, 0.0, 0.0, 2.0]]), orientation="backward")
+      >>> print(nm.unpack(nm.repack(packed, jnp.array([[5.0, 6.0, 7.0, 8.0]]))))
+      [[5. 0. 0. 8.]]
     """
     if w.shape != packed.shape:
         raise ValueError(f"the weight has shape {w.shape} but {packed.shape} was packed; pack it anew")
@@ -128,117 +213,98 @@ def repack(packed: PackedWeight, w: Float[Array, "..."]) -> PackedWeight:
 
 @jax.jit
 def unpack(packed: PackedWeight) -> Float[Array, "..."]:
-    """The sparse weight that was packed: the inverse of `pack`, exactly, in the leaf's own shape.
+    """The sparse weight that was packed: the inverse of `pack`, in the leaf's own shape.
 
-    Works under `jit`, `vmap` and both modes of differentiation.
+    Kept entries have the bits that they had, subnormal numbers, NaN and a kept -0.0 included; what was pruned is +0.0,
+    whatever it was before.
+
+    Works under `jit`, `vmap` and reverse-mode differentiation.
+
+    Args:
+      packed: the packed weight.
+
+    Returns:
+      The weight, dense, with its zeros.
+
+    Raises:
+      ValueError: if it was packed for no product.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> print(nm.unpack(nm.pack(jnp.array([[1.0, 0.0, -0.0, 2.0]]), orientation="backward")))
+      [[1. 0. 0. 2.]]
     """
+    return _tiling(packed.shape, packed.axes).join(to_matrix(packed)[None, None, None])
+
+
+@jax.custom_vjp
+def to_matrix(packed: PackedWeight) -> Float[Array, "in out"]:
+    """The (in, out) matrix of a packed weight, whose gradient goes to both of its sides."""
     if packed.forward is not None:
-        matrix = to_dense(packed.forward).T
+        side, matrix = packed.forward, to_dense(packed.forward.matrix).T
     elif packed.backward is not None:
-        matrix = to_dense(packed.backward)
+        side, matrix = packed.backward, to_dense(packed.backward.matrix)
     else:
         raise ValueError("nothing was packed: neither forward nor backward is there")
-    return _tiling(packed.shape, packed.axes).join(matrix[None, None, None])
+    return nan_unless(side.intact, matrix)
+
+
+to_matrix.defvjp(lambda packed: (to_matrix(packed), packed), lambda packed, matrix: (gradient_of(packed, matrix),))
 
 
 @jax.jit
-def compress(
-    dense: Float[Array, "rows k"], kept: Bool[Array, "rows k"]
-) -> tuple[SparseMatrix, Bool[Array, "rows groups"]]:
-    """The sparse matrix of the kept entries, and which groups had more than two of them."""
-    k = dense.shape[1]
-    values, flags = _entries(dense), _entries(kept)
-    overfull = jnp.sum(jnp.stack(flags), axis=0) > 2
-    flags = _two_largest(values, flags)
-    first, second = _positions(flags)
-    # What a mask prunes must not leak through a group that keeps fewer than two.
-    values = [jnp.where(flag, value, 0) for value, flag in zip(values, flags, strict=True)]
-    return SparseMatrix(_pick(values, first, second), _words(first, second), k), overfull
+def nan_unless(intact: Bool[Array, ""], result: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(intact, result, jnp.nan)
 
 
-def take(a: SparseMatrix, dense: Float[Array, "rows k"]) -> SparseMatrix:
-    """The entries of a dense matrix at the positions of a sparse one."""
-    first, second = _decode(a.metadata)
-    return SparseMatrix(_pick(_entries(dense), first, second), a.metadata, a.k)
+def gradient_of(packed: PackedWeight, matrix: Float[Array, "in out"]) -> PackedWeight:
+    """The gradient of a packed weight, from that of its matrix."""
+
+    def change(side, name):
+        taken = side.take(matrix.T if name == "forward" else matrix)
+        return dataclasses.replace(taken, metadata=jnp.zeros_like(side.metadata))
+
+    return packed._with_sides(change, overfull=jnp.zeros_like(packed.overfull))
 
 
-def to_dense(a: SparseMatrix) -> Float[Array, "rows k"]:
-    """The matrix, zeros included."""
-    first, second = _decode(a.metadata)
-    low, high = a.values[:, 0::2], a.values[:, 1::2]
-    entries = [jnp.where(first == i, low, jnp.where(second == i, high, 0)) for i in range(GROUP)]
-    return jnp.stack(entries, axis=-1).reshape(a.rows, -1)[:, : a.k]
-
-
-def _entries(matrix: Shaped[Array, "rows k"]) -> list[Shaped[Array, "rows groups"]]:
-    """First, second, third and fourth entry of every group, after padding with zeros to whole words."""
-    padded = jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % WORD)))
-    return [padded[:, i::GROUP] for i in range(GROUP)]
-
-
-def _two_largest(values, flags):
-    """`flags` without those that two larger entries beat; nothing changes where there are two at most."""
-    sizes = [jnp.where(jnp.isnan(value), jnp.inf, jnp.abs(value)) for value in values]
-
-    def beaten(i):
-        rivals = [flags[j] & (sizes[j] >= sizes[i] if j < i else sizes[j] > sizes[i]) for j in range(GROUP) if j != i]
-        return sum(rival.astype(jnp.int8) for rival in rivals)
-
-    return [flags[i] & (beaten(i) < 2) for i in range(GROUP)]
-
-
-def _positions(flags):
-    """Two ascending positions for each group that include its kept entries, of which there are two at most."""
-    zero, one, two, three = flags
-    second = jnp.where(three, 3, jnp.where(two, 2, 1)).astype(jnp.uint8)
-    first = jnp.where(zero, 0, jnp.where(one & (two | three), 1, jnp.where(two & three, 2, 0))).astype(jnp.uint8)
-    return first, second
-
-
-def _pick(entries, first, second) -> Shaped[Array, "rows k//2"]:
-    """Of every group, the entries at two positions."""
-    zero, one, two, three = entries
-    low = jnp.where(first == 0, zero, jnp.where(first == 1, one, two))
-    high = jnp.where(second == 1, one, jnp.where(second == 2, two, three))
-    return jnp.stack([low, high], axis=-1).reshape(first.shape[0], -1)
-
-
-def _words(first, second) -> UInt16[Array, "rows k//16"]:
-    nibbles = (first | (second << 2)).reshape(first.shape[0], -1, WORD // GROUP)
-    shifted = [nibbles[..., j].astype(jnp.uint16) << (4 * j) for j in range(WORD // GROUP)]
-    return functools.reduce(jnp.bitwise_or, shifted)
-
-
-def _decode(metadata: UInt16[Array, "rows words"]):
-    """First and second position of every group."""
-    nibbles = jnp.stack([(metadata >> (4 * j)) & 15 for j in range(WORD // GROUP)], axis=-1)
-    nibbles = nibbles.reshape(metadata.shape[0], -1)
-    return nibbles & 3, nibbles >> 2
+def _pack_side(dense: Float[Array, "rows k"], kept: Bool[Array, "rows k"]):
+    """The packed side, and which groups had more than two entries to keep."""
+    a, flags, overfull = select(dense, kept)
+    first, second = positions(flags)
+    count = jnp.sum(jnp.stack(flags), axis=0)
+    only = jnp.where(flags[3], 3, jnp.where(flags[2], 2, jnp.where(flags[1], 1, 0))).astype(first.dtype)
+    one = jnp.ones_like(first)
+    first = jnp.where(count == 0, one, jnp.where(count == 1, only, first))
+    second = jnp.where(count == 0, jnp.zeros_like(second), jnp.where(count == 1, only, second))
+    return PackedSide(a.values, words(first, second).astype(jnp.float32), a.k), overfull
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _pack(w, mask, axes: str, orientation: Orientation) -> PackedWeight:
     matrix = _matrix(w, axes)
     kept = nonzero(matrix) if mask is None else _matrix(mask, axes)
-    forward = backward = None
-    overfull = jnp.zeros((), bool)
-    if orientation in ("both", "forward"):
-        forward, flags = compress(matrix.T, kept.T)
-        overfull |= jnp.any(flags)
-    if orientation in ("both", "backward"):
-        backward, flags = compress(matrix, kept)
-        overfull |= jnp.any(flags)
-    return PackedWeight(forward, backward, overfull, w.shape, axes)
+    sides: dict[str, PackedSide | None] = {"forward": None, "backward": None}
+    shares = []
+    for name in sides:
+        if orientation in ("both", name):
+            turned, kept_here = (matrix.T, kept.T) if name == "forward" else (matrix, kept)
+            # A weight that is packed twice has one gradient: that of its forward side.
+            once = jax.lax.stop_gradient(turned) if orientation == "both" and name == "backward" else turned
+            sides[name], overfull = _pack_side(once, kept_here)
+            shares.append(jnp.mean(overfull, dtype=jnp.float32))
+    return PackedWeight(**sides, overfull=functools.reduce(jnp.maximum, shares), shape=w.shape, axes=axes)
 
 
 @jax.jit
 def _repack(packed: PackedWeight, w) -> PackedWeight:
     matrix = _matrix(w, packed.axes)
-    return dataclasses.replace(
-        packed,
-        forward=packed.forward and take(packed.forward, matrix.T),
-        backward=packed.backward and take(packed.backward, matrix),
-    )
+    twice = jax.lax.stop_gradient(matrix) if packed.forward is not None else matrix
+
+    def change(side, name):
+        return side.take(matrix.T if name == "forward" else twice)
+
+    return packed._with_sides(change)
 
 
 def _tiling(shape: tuple[int, ...], axes: str) -> Tiling:

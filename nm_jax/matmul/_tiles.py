@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nm_jax.matmul._compress import SparseMatrix
 from nm_jax.matmul._fragments import CHUNK, EMPTY_WORD
-from nm_jax.matmul._packing import SparseMatrix
 from nm_jax.matmul.base import Product
 
 PTX_TYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}

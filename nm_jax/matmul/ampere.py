@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from nm_jax.matmul._compress import SparseMatrix
 from nm_jax.matmul._fragments import CHUNK, lane_words
-from nm_jax.matmul._packing import SparseMatrix
 from nm_jax.matmul._tiles import check_operands, check_tile_k, compute_capability, misfit, pad_operands
 from nm_jax.matmul.base import Product
 

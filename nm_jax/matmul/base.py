@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from nm_jax.matmul._packing import SparseMatrix
+from nm_jax.matmul._compress import SparseMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +69,13 @@ class Implementation:
     product: Callable[[SparseMatrix, Float[Array, "tokens k"]], Float[Array, "tokens rows"]]
     is_kernel: bool = True
     version: int = 1
+
+
+def is_multiplied(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether products of a dtype are defined: floats of 16, 32 and 64 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits >= 16
+
+
+def sum_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """What products of a dtype are accumulated in: float32 at least."""
+    return np.dtype(dtype) if jnp.finfo(dtype).bits > 32 else np.dtype(np.float32)

@@ -14,8 +14,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
+from nm_jax.matmul._compress import SparseMatrix
 from nm_jax.matmul._fragments import CHUNK, lane_words
-from nm_jax.matmul._packing import SparseMatrix
 from nm_jax.matmul._tiles import check_operands, check_tile_k, misfit, pad_operands
 from nm_jax.matmul.base import Product
 

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from nm_jax.matmul import ampere, hopper, nm_matmul
-from nm_jax.matmul._packing import SparseMatrix
+from nm_jax.matmul._compress import SparseMatrix
 
 # What the compiler asks of a GPU that is not there.
 TARGET = """

@@ -1,14 +1,17 @@
 """`nm_matmul`: derivatives, batches, the choice of implementation, what is refused."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nm_jax import NM, SequentialNM, TransposableNM
-from nm_jax.matmul import nm_matmul, pack, repack
+from nm_jax.matmul import nm_matmul, pack, repack, unpack
+from nm_jax.matmul._compress import to_dense
 from tests.matmul.cases import transposable
 
 K, ROWS = 24, 16
@@ -111,9 +114,72 @@ def test_a_packed_weight_gets_the_gradient_of_its_values():
     found = jax.jit(jax.grad(loss(product), (0, 1)))(x, w)
     np.testing.assert_allclose(found[0], truth[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found[1], np.where(MASK, truth[1], 0), rtol=1e-5, atol=1e-5)
-    values = jax.grad(lambda p: loss(nm_matmul)(x, p), allow_int=True)(packed)
-    assert values.forward.values.shape == packed.forward.values.shape
-    assert not np.asarray(values.backward.values).any()
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_jax_grad_takes_a_packed_weight_and_both_of_its_sides_get_the_gradient(implementation):
+    x, w = operands(5)
+    packed = pack(w)
+    product = functools.partial(nm_matmul, implementation=implementation)
+    gradient = jax.jit(jax.grad(lambda p: loss(product)(x, p)))(packed)
+    truth = np.where(MASK, jax.grad(loss(jnp.matmul), 1)(x, w), 0)
+    np.testing.assert_allclose(
+        to_dense(dataclasses.replace(packed.forward.matrix, values=gradient.forward.values)).T,
+        truth,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        to_dense(dataclasses.replace(packed.backward.matrix, values=gradient.backward.values)),
+        truth,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert not any(np.asarray(side.metadata).any() for side in (gradient.forward, gradient.backward))
+
+
+@pytest.mark.parametrize("at_most", [False, True])
+def test_optax_trains_a_packed_weight_as_it_trains_the_weight_itself(at_most):
+    x, w = operands(5)
+    mask = MASK & (np.random.default_rng(1).random(MASK.shape) < 0.7) if at_most else MASK
+    w = jnp.where(mask, w, 0)
+    tx = optax.adam(0.1)
+
+    def train(weight, product, project):
+        state = tx.init(weight)
+        for _ in range(3):
+            gradient = jax.grad(lambda w: loss(product)(x, w))(weight)
+            updates, state = tx.update(project(gradient), state, weight)
+            weight = optax.apply_updates(weight, updates)
+        return weight
+
+    packed = train(pack(w, jnp.asarray(mask)), functools.partial(nm_matmul, implementation="reference"), lambda g: g)
+    dense = train(w, jnp.matmul, lambda g: jnp.where(mask, g, 0))
+    np.testing.assert_allclose(unpack(packed), dense, rtol=1e-4, atol=1e-5)
+    backward = dataclasses.replace(packed, forward=None)
+    np.testing.assert_allclose(unpack(backward), unpack(packed), rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("factor", [1.001, 0.5, -1.0, np.nan])
+def test_a_packed_weight_whose_positions_were_changed_gives_nan(implementation, factor):
+    x, w = operands(5)
+    packed = pack(w)
+    changed = jax.tree.map(lambda leaf: leaf * factor, packed)
+    assert np.isnan(nm_matmul(x, changed, implementation=implementation)).all()
+    assert np.isnan(unpack(changed)).all()
+    averaged = jax.tree.map(lambda leaf: 0.999 * leaf + 0.001 * leaf, packed)  # of one mask: rounding does no harm
+    np.testing.assert_allclose(nm_matmul(x, averaged, implementation=implementation), x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cast_of_a_packed_weight():
+    x, w = operands(5)
+    packed = pack(w)
+    half = packed.astype(jnp.bfloat16)
+    assert nm_matmul(x.astype(jnp.bfloat16), half).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(unpack(half), w.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"cast with packed\.astype\(dtype\)"):
+        nm_matmul(x, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), packed))
 
 
 def test_second_derivatives_through_a_packed_weight():
@@ -224,6 +290,8 @@ def test_patterns_whose_masks_are_2_4_masks(pattern):
 @pytest.mark.parametrize(
     "change, words",
     [
+        ({"x": jnp.ones((3, K), jnp.float8_e4m3fn)}, "16, 32 and 64 bits, and x is float8_e4m3fn; convert it"),
+        ({"w": jnp.zeros((K, ROWS), jnp.float8_e5m2)}, "and the weight is float8_e5m2; convert it"),
         ({"x": jnp.ones((3, 8))}, "takes 24 inputs"),
         ({"x": jnp.ones(())}, "takes 24 inputs"),
         ({"w": jnp.ones((2, 3, 4))}, "reshape it, or use dot_general"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nm_jax.matmul import Product, nm_matmul, pack
-from nm_jax.matmul._packing import compress
+from nm_jax.matmul._compress import compress
 from tests.matmul.cases import all_pairs, transposable
 from tests.matmul.implementations import HOPPER, REFERENCE, RUNNABLE
 
@@ -94,6 +94,19 @@ def test_poison_stays_where_it_is(implementation):
     y = nm_matmul(jnp.asarray(x, jnp.bfloat16), packed, implementation=implementation)
     np.testing.assert_array_equal(np.isnan(np.asarray(y, np.float32)).all(axis=1), [False, False, False, True, False])
     assert np.isfinite(np.asarray(y, np.float32)[[0, 1, 2, 4]]).all()
+
+
+@pytest.mark.parametrize("implementation", [None, *some()])
+def test_an_infinity_is_never_lost_and_reaches_its_token_alone(implementation):
+    """An output whose weight keeps it is not finite; one whose weight prunes it may be NaN, if zeros are multiplied."""
+    _, w, _ = operands((5, 40, 24), jnp.bfloat16)
+    x = jnp.ones((5, 40), jnp.bfloat16).at[3, 7].set(jnp.inf)
+    y, w = (np.asarray(a, np.float64) for a in (nm_matmul(x, w, implementation=implementation), w))
+    plain = w.sum(axis=0)  # the tokens of ones
+    np.testing.assert_allclose(y[[0, 1, 2, 4]], np.tile(plain, (4, 1)), rtol=0.01, atol=0.01)
+    np.testing.assert_array_equal(np.isfinite(y[3][w[7] != 0]), False)
+    rest = y[3][w[7] == 0]
+    assert (np.isnan(rest) | np.isclose(rest, plain[w[7] == 0], rtol=0.01, atol=0.01)).all()
 
 
 @pytest.mark.parametrize("implementation", some())

@@ -14,7 +14,7 @@ import pytest
 from nm_jax.matmul import Product, _ampere_kernel, _hopper_kernel, _tiles, ampere, hopper
 from nm_jax.matmul import _fragments as fragments
 from nm_jax.matmul import _mosaic as mosaic
-from nm_jax.matmul._packing import SparseMatrix
+from nm_jax.matmul._compress import SparseMatrix
 from tests.matmul import cases, ptx
 
 KERNELS = {"hopper": hopper, "ampere": ampere}
@@ -366,7 +366,7 @@ sys.modules["jax.experimental.pallas.mosaic_gpu"] = None
 import types
 import jax, jax.numpy as jnp
 from nm_jax.matmul import Product, ampere, hopper
-from nm_jax.matmul._packing import SparseMatrix
+from nm_jax.matmul._compress import SparseMatrix
 a = SparseMatrix(jnp.zeros((16, 8), jnp.bfloat16), jnp.zeros((16, 1), jnp.uint16), 16)
 ampere.FIRST_JAX = (0, 10, 0)
 for kernel, capability in ((ampere, "8.0"), (hopper, "9.0")):

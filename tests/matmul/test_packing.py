@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nm_jax._core.nonzero import as_bits
 from nm_jax.matmul import pack, repack, unpack
-from nm_jax.matmul._packing import to_dense
+from nm_jax.matmul._compress import to_dense
 from tests.matmul.cases import PAIRS, all_pairs, transposable, words
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
@@ -28,8 +29,8 @@ def test_all_pairs_of_patterns_forward(dtype):
     w, mask = all_pairs(6, 64)
     packed = pack(jnp.asarray(w.T, dtype), jnp.asarray(mask.T), orientation="forward")
     assert packed.backward is None and packed.forward.k == 64 and packed.matrix_shape == (64, 6)
-    assert packed.forward.values.dtype == dtype and packed.forward.metadata.dtype == jnp.uint16
-    np.testing.assert_array_equal(packed.forward.metadata, words(mask))
+    assert packed.forward.values.dtype == dtype and packed.forward.matrix.metadata.dtype == jnp.uint16
+    np.testing.assert_array_equal(packed.forward.matrix.metadata, words(mask))
     np.testing.assert_array_equal(
         np.asarray(packed.forward.values, np.float64), kept_values(jnp.asarray(w, dtype), mask)
     )
@@ -39,7 +40,7 @@ def test_all_pairs_of_patterns_backward():
     w, mask = all_pairs(6, 64)
     packed = pack(jnp.asarray(w), jnp.asarray(mask), orientation="backward")
     assert packed.forward is None
-    np.testing.assert_array_equal(packed.backward.metadata, words(mask))
+    np.testing.assert_array_equal(packed.backward.matrix.metadata, words(mask))
     np.testing.assert_array_equal(packed.backward.values, kept_values(w, mask))
 
 
@@ -48,8 +49,8 @@ def test_both_orientations_of_a_transposable_mask():
     w = np.random.default_rng(0).normal(size=(32, 48)).astype(np.float32)
     packed = pack(jnp.asarray(w), jnp.asarray(mask))
     for a, rows in ((packed.forward, mask.T), (packed.backward, mask)):
-        np.testing.assert_array_equal(a.metadata, words(rows))
-        np.testing.assert_array_equal(to_dense(a), np.where(rows, w if a is packed.backward else w.T, 0))
+        np.testing.assert_array_equal(a.matrix.metadata, words(rows))
+        np.testing.assert_array_equal(to_dense(a.matrix), np.where(rows, w if a is packed.backward else w.T, 0))
     np.testing.assert_array_equal(unpack(packed), np.where(mask, w, 0))
     assert not packed.overfull
 
@@ -73,7 +74,7 @@ def test_every_group_has_two_ascending_positions_and_zeros_fill_it(kept):
     mask = np.zeros((1, 16), bool)
     mask[0, [4 + i for i in kept]] = True
     w[mask] = [5.0 + i for i in kept]
-    a = pack(jnp.asarray(w), jnp.asarray(mask), orientation="backward").backward
+    a = pack(jnp.asarray(w), jnp.asarray(mask), orientation="backward").backward.matrix
     nibble = (int(a.metadata[0, 0]) >> 4) & 15
     first, second = nibble & 3, nibble >> 2
     assert first < second and set(kept) <= {first, second}
@@ -86,7 +87,7 @@ def test_given_only_values_nonzeros_are_kept_and_nan_is_one():
     w = jnp.asarray([[0.0, jnp.nan, -0.0, 2.0]])
     packed = pack(w, orientation="backward")
     np.testing.assert_array_equal(packed.backward.values[0, :2], [jnp.nan, 2.0])
-    assert int(packed.backward.metadata[0, 0]) & 15 == 1 | 3 << 2
+    assert int(packed.backward.matrix.metadata[0, 0]) & 15 == 1 | 3 << 2
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,8 @@ def test_layouts(axes, shape):
 
 
 def test_refusals():
+    with pytest.raises(ValueError, match="floating point numbers, got int32"):
+        pack(jnp.zeros((4, 4), jnp.int32))
     with pytest.raises(ValueError, match="hold 3 matrices"):
         pack(jnp.zeros((3, 4, 4)), axes="bio")
     with pytest.raises(ValueError, match="orientation"):
@@ -167,6 +170,42 @@ def test_repack_takes_new_values_at_the_old_positions():
     assert again.forward.values.dtype == jnp.bfloat16
     np.testing.assert_array_equal(unpack(again), np.where(mask, jnp.asarray(new, jnp.bfloat16), 0))
     np.testing.assert_array_equal(again.backward.metadata, packed.backward.metadata)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "none"])
+def test_what_fills_a_group_stays_zero(pattern):
+    """Of a group that keeps fewer than two entries."""
+    mask = np.eye(4, dtype=bool) if pattern == "1:4" else np.zeros((4, 4), bool)
+    packed = pack(jnp.ones((4, 4)), jnp.asarray(mask))
+    np.testing.assert_array_equal(unpack(repack(packed, 7 * jnp.ones((4, 4)))), 7.0 * mask)
+    gradient = jax.grad(lambda p: jnp.sum(3 * unpack(p)))(packed)
+    for side in (gradient.forward, gradient.backward):
+        assert float(side.values.sum()) == 3 * mask.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpacked_bits(dtype):
+    """Kept entries have the bits that they had; what was pruned is +0.0."""
+    kept = np.array([-0.0, np.nan, np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal), -1.5, 0.0, 2.0])
+    w = np.zeros((16, 4))
+    w[::2] = np.resize(kept, (8, 4))
+    w[1::2] = -0.0
+    mask = np.zeros((16, 4), bool)
+    mask[::2] = True
+    w = jnp.asarray(w, dtype)
+    expected = np.where(mask, np.asarray(as_bits(w)), 0)
+    for chosen in (jnp.asarray(mask), None):
+        packed = pack(w, chosen, orientation="forward")
+        found = np.asarray(as_bits(unpack(packed)))
+        if chosen is None:  # a kept -0.0 is a zero like any other
+            expected = np.where(np.asarray(w, np.float64) == 0, 0, expected)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_two_largest_of_subnormal_numbers():
+    w = np.array([[3, 1, 2, 4]], np.uint32).view(np.float32)
+    packed = jax.jit(functools.partial(pack, orientation="backward"))(w)
+    np.testing.assert_array_equal(as_bits(unpack(packed)), [[3, 0, 0, 4]])
 
 
 def test_gradients_go_to_the_kept_entries():

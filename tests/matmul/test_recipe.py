@@ -14,7 +14,7 @@ TOY = '''"""A product of one row of A at a time."""
 
 import jax.numpy as jnp
 
-from nm_jax.matmul._packing import to_dense
+from nm_jax.matmul._compress import to_dense
 
 
 def supports(product, device):
