@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nm_jax._core.rules import Leaf, Rules
+from nm_jax._core.rules import DenseLeaf, Leaf, Rules, SparseLeaf
 from nm_jax.checkpoint import _records as records
 from nm_jax.checkpoint._records import Record, Said
 from nm_jax.checkpoint._tensor import Tensor
@@ -20,6 +20,7 @@ from nm_jax.checkpoint.knowledge import Contents
 from nm_jax.checkpoint.knowledge._choose import Wanted, choose
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+_LISTED = 12  # tensors that are named in an error
 _LARGEST_CONFIG = 1 << 24  # bytes
 Progress: TypeAlias = Callable[[str, int], None]  # called with the name and the bytes of a tensor that is done
 
@@ -115,10 +116,16 @@ class Checkpoint:
         return Contents(shapes, _read_config(self.files[0].path.parent / "config.json"), metadata)
 
     def resolve(
-        self, rules: Rules, partial: str = "skip", *, include: Sequence[str] = (), strict: bool = False
+        self,
+        rules: Rules,
+        partial: str = "skip",
+        *,
+        include: Sequence[str] = (),
+        strict: bool = False,
+        none: bool = True,
     ) -> dict[str, Leaf]:
         """What rules, and what is known of the tensors, say of every tensor, by name; arguments as in
-        `prune_checkpoint`.
+        `prune_checkpoint`; `none`: whether there may be no sparse one.
 
         Raises:
           ValueError: for rules that do not fit.
@@ -127,7 +134,13 @@ class Checkpoint:
             leaves = choose(self.tensors, self.contents, Wanted(rules, partial, include, strict))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        return together(self.tensors, leaves)
+        leaves = together(self.tensors, leaves)
+        if not none and not any(isinstance(leaf, SparseLeaf) for leaf in leaves.values()):
+            why = [f"{leaf.path}: {leaf.reason}" for leaf in leaves.values() if isinstance(leaf, DenseLeaf)]
+            more = [f"and {len(why) - _LISTED} more"] if len(why) > _LISTED else []
+            listed = [f"{self.path}: no tensor is known to be sparse:", *why[:_LISTED], *more]
+            raise ValueError("\n  ".join(listed))
+        return leaves
 
 
 def _read_config(path: Path) -> Any:

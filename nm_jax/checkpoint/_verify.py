@@ -87,7 +87,9 @@ class Examination:
         dense: str | os.PathLike | None = None,
     ):
         self.checkpoint = Checkpoint(path)
-        self.leaves = _recorded(self.checkpoint) if rules is None else _ruled(self.checkpoint, rules, partial)
+        self.leaves = (
+            _recorded(self.checkpoint) if rules is None else self.checkpoint.resolve(rules, partial, none=False)
+        )
         self._dense = None if dense is None else Checkpoint(dense)
 
     def sparse(self) -> list[Tensor]:
@@ -159,14 +161,6 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Leaf]:
         else tensor.record.leaf(name)
         for name, tensor in checkpoint.tensors.items()
     }
-
-
-def _ruled(checkpoint: Checkpoint, rules: Rules, partial: str) -> dict[str, Leaf]:
-    leaves = checkpoint.resolve(rules, partial)
-    if not any(isinstance(leaf, SparseLeaf) for leaf in leaves.values()):
-        why = [f"{leaf.path}: {leaf.reason}" for leaf in leaves.values() if isinstance(leaf, DenseLeaf)]
-        raise ValueError("\n  ".join([f"{checkpoint.path}: no tensor is known to be sparse:", *why[:12]]))
-    return leaves
 
 
 def _groups(kept: np.ndarray, leaf: SparseLeaf) -> tuple[tuple[int, ...], tuple[int, ...]]:

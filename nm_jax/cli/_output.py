@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from nm_jax._core.tables import printable
 
+ITEM = "\n  "  # before each item of a list in an error
 # Files that hold weights too.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -27,8 +28,9 @@ def print_json(table: dict[str, Any]) -> None:
 
 
 def complain(message: str) -> None:
-    """One line to stderr."""
-    print(f"nm-jax: {printable(message)}", file=sys.stderr)
+    """One line to stderr, and one for each item of a list."""
+    lines = [printable(line) for line in message.split(ITEM)]
+    print("nm-jax: " + ITEM.join(lines), file=sys.stderr)
 
 
 @contextlib.contextmanager

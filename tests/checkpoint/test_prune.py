@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from concurrent.futures import CancelledError
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -233,3 +234,25 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(nm.FormatError, match="not a regular file"):
         nm.prune_checkpoint(tmp_path / "pipe", tmp_path / "out", "2:4-T")
+
+
+def test_a_mask_is_not_looked_for_any_longer(monkeypatch):
+    """The search ends between chunks, once somebody says so."""
+    monkeypatch.setattr(tiles, "_CHUNK", 64)
+    asked = []
+
+    def stopped():
+        asked.append(None)
+        return len(asked) > 2
+
+    weight = normal(0, (32, 32))
+    with pytest.raises(CancelledError):
+        tiles.find_mask(weight, SparseLeaf("w", (32, 32), nm.NM(2, 4), "oi"), nm.solvers.TopK(), stopped=stopped)
+    assert len(asked) == 3
+
+
+def test_nothing_to_prune_is_said(tmp_path):
+    save_file({"bias": normal(0, (8,))}, tmp_path / "in")
+    with pytest.raises(ValueError, match=r"no tensor is known to be sparse:\n  bias: "):
+        nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4")
+    assert os.listdir(tmp_path) == ["in"]

@@ -9,6 +9,11 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 import nm_jax as nm
+from nm_jax._core.rules import SparseLeaf
+from nm_jax.checkpoint import Checked, TensorReport
+from nm_jax.checkpoint import _tiles as tiles
+from nm_jax.checkpoint import _verify as verify
+from nm_jax.checkpoint._records import Record
 from nm_jax.checkpoint._tensorfile import TensorFile
 from tests.checkpoint.cases import bits, normal
 
@@ -94,3 +99,47 @@ def test_the_record_in_the_header(model, tmp_path):
         "params.Dense_0.kernel": ("2:4-T", "io"),
         "odd.fc.weight": ("2:4", "oi"),
     }
+
+
+def test_counts_beyond_an_int32(monkeypatch):
+    """A mask of more entries than memory holds: one byte for all of them, by its strides."""
+    size = 1 << 32
+    kept = np.broadcast_to(np.array([True]), (1 << 16, 1 << 16))
+    monkeypatch.setattr(np, "count_nonzero", lambda mask: size)
+    half = SparseLeaf("w", kept.shape, nm.Unstructured(0.5), "oi")
+    assert tiles.broken_tiles(kept, half) == 1
+    monkeypatch.setattr(np, "count_nonzero", lambda mask: size // 2)
+    assert tiles.broken_tiles(kept, half) == 0
+
+
+def test_reports_of_counts_beyond_an_int32():
+    """80 layers of 8192 x 28672 in one tensor."""
+    shape = (80, 28672, 8192)
+    size = 80 * 28672 * 8192
+    record = Record(nm.NM(2, 4), "boi", "BF16", shape, "dense", size // 2, 0.75, 0.95, 0.0)
+    groups = (0, 0, size // 4, 0, 0)
+    report = TensorReport("layers", record, Checked(groups, groups, 0, 0))
+    table = nm.CheckpointReport("x", (report,), ()).to_json()
+    assert table["tensors"][0]["kept"] == size // 2
+    assert table["tensors"][0]["groups"]["contraction"] == list(groups)
+    assert "50.0%" in str(nm.CheckpointReport("x", (report,), ()))
+    assert Record.from_json("layers", json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_groups_are_counted_part_by_part(monkeypatch):
+    kept = np.random.default_rng(0).random((3, 24, 40)) < 0.5
+    leaf = SparseLeaf("w", kept.shape, nm.NM(2, 4), "bio")
+    expected = verify._groups(kept, leaf)
+    monkeypatch.setattr(verify, "_ROWS", 2)
+    assert verify._groups(kept, leaf) == expected
+    counts = kept.reshape(3, 6, 4, 40).sum(axis=2)
+    assert expected[0] == tuple(int((counts == k).sum()) for k in range(5))
+
+
+def test_reasons_are_recorded(tmp_path):
+    save_file(
+        {"a.weight": normal(0, (8, 8)), "a.bias": normal(1, (8,)), "b.weight": normal(2, (8, 8))}, tmp_path / "in"
+    )
+    report = nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", [("^b", None), "2:4"])
+    assert nm.verify_checkpoint(tmp_path / "out").dense == report.dense
+    assert {tensor.name for tensor in report.dense} == {"a.bias", "b.weight"}

@@ -94,3 +94,28 @@ def test_killed_at_fifty_moments(tmp_path):
     write_model(tmp_path / "in", count=10)
     for k, moment in enumerate(np.random.default_rng(0).uniform(0, 32, 50)):
         kill_at(tmp_path, moment, k)
+
+
+BUSY = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+import nm_jax.checkpoint._prune as prune
+from nm_jax.cli import main
+
+def find_mask(*args):
+    print("solving", flush=True)
+    time.sleep(60)  # as a large tensor, or the compiler, does
+prune.find_mask = find_mask
+sys.exit(main())
+"""
+
+
+def test_an_interrupt_does_not_wait_for_a_mask(tmp_path):
+    model = write_model(tmp_path / "in", count=2)
+    pruning = process(BUSY, "prune", model, tmp_path / "out", "--pattern", "2:4")
+    pruning.stdout.readline()
+    pruning.send_signal(signal.SIGINT)
+    _, err = pruning.communicate(timeout=20)
+    assert pruning.returncode == 130
+    assert err.strip() == "nm-jax: interrupted, and nothing was written"
+    assert os.listdir(tmp_path) == ["in"]
