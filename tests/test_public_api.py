@@ -124,7 +124,6 @@ HEAVY = (
     "scipy.sparse",
     "jax.experimental.pallas",
     "jax.experimental.mosaic",
-    "jax._src.pallas",
     "click",
     "rich",
 )
