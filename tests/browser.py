@@ -89,6 +89,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"]["value"]
 
+    def prefer(self, scheme):
+        """What the reader prefers: light or dark."""
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def picture(self):
+        """The page as a PNG."""
+        found = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        return base64.b64decode(found["data"])
+
     def pdf(self):
         """The page as it is printed."""
         return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])

@@ -33,7 +33,7 @@ def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
 
 def printable(text: str) -> str:
     """One line without control characters: names come from files, and terminals obey what they print."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\xa0" else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
