@@ -88,16 +88,22 @@ class Run:
       quick: everything, but tiny.
       part: which of the experiment's parts; "" if it has none.
       console: to print on.
+      path: where the record will be written.
     """
 
     args: argparse.Namespace
     part: str
     console: Console
+    path: Path
 
     @property
     def quick(self) -> bool:
         """Whether to do everything, but tiny."""
         return self.args.quick
+
+    def keep(self, result: dict) -> None:
+        """Writes what there is of the result so far beside where it will be, for a run that is cut off."""
+        write_text(self.path.with_suffix(".part"), json.dumps(result, indent=1) + "\n")
 
     def progress(self, *columns: Any) -> Progress:
         """A display of progress bars, with further columns; use it in a `with` statement."""
@@ -240,7 +246,7 @@ def main(entry: Entry, experiment: Experiment, arguments: Sequence[str]) -> int:
         if experiment.measure is not None and not args.report:
             command = ["python", "-m", "experiments", entry.name, *arguments]
             path = folder / entry.name / part / f"{device_file()}.json"
-            result = _measure(experiment.measure, Run(args, part, console), command, path)
+            result = _measure(experiment.measure, Run(args, part, console, path), command, path)
             shown = {path.stem: result}
         else:
             shown = rendered(entry, experiment, part, folder)
@@ -284,6 +290,7 @@ def _measure(measure: Callable[[Run], dict], run: Run, command: list[str], path:
     }
     text = json.dumps(record, indent=1)
     write_text(path, text + "\n")
+    path.with_suffix(".part").unlink(missing_ok=True)
     run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return json.loads(text)["result"]
 

@@ -3,29 +3,36 @@
 Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
 (NeurIPS 2021): with a transposable mask the forward product and the input gradient both run on 2:4 sparse tensor cores.
 
-First every kernel that runs on the device is held against float64 on fresh random data: all pairs of 2:4 patterns,
-sizes that fit no tile, memory full of NaN, gradients through `nm.dot_general`. With `--check` that is all. Then
-products of bfloat16 are timed, forward and input gradient, packing apart and included, against `jnp.dot` and, where
-torch has it, cuSPARSELt; and a training step of a transformer's MLP. Besides the results, it saves the profile that
-`implementation=None` consults (`nm.matmul.profile_path()`): a kernel becomes the default only where it was measured to
-be faster, packing included.
+On a GPU, in this order, each row on its own and saved at once, until the budget of time is spent:
 
-The target is 1.3 times dense from 4096^3 on, then cuSPARSELt, then 1.6. Without a GPU, the checks run through
-`reference`, and what is timed is that the default costs no more than a plain product. Exits with status 1 if a kernel
-is wrong.
+1. every kernel that runs there is held against float64 on fresh random data: all pairs of 2:4 patterns, sizes that fit
+   no tile, memory full of NaN, gradients through `nm.dot_general`; with `--check` that is all;
+2. products of bfloat16 are timed, forward and input gradient, packing apart and included, against `jnp.dot` and, where
+   torch has it, cuSPARSELt;
+3. configurations of each kernel are compared, the most promising first;
+4. a training step of a transformer's MLP; products of float16; the configurations at a larger shape.
+
+Besides the results, it saves the profile that `implementation=None` consults (`nm.matmul.profile_path()`): a kernel
+becomes the default only where it was measured to be faster, packing included. The target is 1.3 times dense from 4096^3
+on, then cuSPARSELt, then 1.6.
+
+Without a GPU, the checks run through `reference`, and what is timed is that the default costs no more than a plain
+product; `--dry` goes through all that a GPU would do, tiny, with `reference` in the place of a kernel. Exits with
+status 1 if a kernel is wrong.
 
 Paper: none
-Time: a few minutes on a GPU or 2 cores
+Time: at most 8 minutes on a GPU, a few on 2 cores
 Data: none
 """
 
 import argparse
+import dataclasses
 import functools
-import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +40,67 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import nm_jax as nm
+from experiments.bench.kernels import (
+    Shape,
+    Side,
+    bench_configuration,
+    bench_cusparselt,
+    bench_default,
+    bench_product,
+    bench_training_step,
+    check,
+    described,
+    wrong,
+)
 from experiments.harness import Experiment, Run, Table
 
-# tokens, rows (outputs), k (inputs)
-SHAPES = [
-    (4096, 4096, 4096),
-    (8192, 8192, 8192),
-    (16384, 4096, 4096),
-    (8192, 14336, 4096),
-    (8192, 4096, 14336),
-]
-CPU_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024)]
-QUICK_SHAPES = [(64, 64, 64)]
-CHECKS = [(512, 512, 1024), (384, 264, 528), (129, 300, 76)]  # tokens, rows, k
-MLP = (8192, 4096, 14336)  # tokens, width, hidden
 TARGET = 1.3
-Side = Literal["forward", "backward"]
 REFERENCE = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much to do. Shapes are (tokens, rows, k).
+
+    Attributes:
+      checks: what is checked. They fit no tile, and yet within the quarter of padding that kernels allow.
+      products: what is timed.
+      sweeps: where configurations are compared.
+      mlp: (tokens, width, hidden) of the training step.
+      default: what is timed where no kernel runs.
+      repeats: of each timing.
+    """
+
+    checks: Sequence[Shape]
+    products: Sequence[Shape]
+    sweeps: Sequence[Shape]
+    mlp: Shape
+    default: Sequence[Shape]
+    repeats: int
+
+
+CHECKS = [(512, 512, 1024), (371, 500, 1000), (250, 252, 500)]
+FULL = Sizes(
+    checks=CHECKS,
+    products=[
+        (4096, 4096, 4096),
+        (8192, 8192, 8192),
+        (16384, 4096, 4096),
+        (8192, 14336, 4096),
+        (8192, 4096, 14336),
+    ],
+    sweeps=[(4096, 4096, 4096), (8192, 8192, 8192)],
+    mlp=(8192, 4096, 14336),
+    default=[(512, 1024, 1024), (2048, 1024, 1024)],
+    repeats=30,
+)
+QUICK = dataclasses.replace(
+    FULL, checks=CHECKS[-1:], products=FULL.products[:1], sweeps=FULL.sweeps[:1], default=[(64, 64, 64)], repeats=7
+)
+DRY = Sizes([(24, 16, 32)], [(16, 16, 32)], [(16, 16, 32)], (16, 16, 32), [(64, 64, 64)], repeats=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
 
 
 def kernels(device: jax.Device) -> tuple[list[nm.matmul.Implementation], dict[str, str]]:
@@ -61,200 +112,148 @@ def kernels(device: jax.Device) -> tuple[list[nm.matmul.Implementation], dict[st
     return able, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
-def transposable(rng: np.random.Generator, k: int, rows: int) -> np.ndarray:
-    """A random 2:4-T mask: permuted circulant blocks."""
-    circulant = np.array([[(j - i) % 4 < 2 for j in range(4)] for i in range(4)])
-    permutation = rng.random((k // 4, rows // 4, 2, 4)).argsort(axis=-1)
-    blocks = circulant[permutation[:, :, 0, :, None], permutation[:, :, 1, None, :]]
-    return blocks.swapaxes(1, 2).reshape(k, rows)
-
-
-def all_pairs(rng: np.random.Generator, k: int, rows: int) -> np.ndarray:
-    """A 2:4 mask along k in which neighbouring groups have each of the 36 pairs of patterns, at random."""
-    patterns = np.array([[i in kept for i in range(4)] for kept in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))])
-    first, second = np.divmod(rng.permuted(np.arange(-(-k // 8) * rows) % 36), 6)
-    pairs = np.stack([patterns[first], patterns[second]], axis=1).reshape(rows, -1)
-    return pairs[:, :k].T
-
-
-def poison(shape: tuple[int, ...], dtype) -> None:
-    """Leaves NaN in the memory that the next output of this size is likely to get."""
-    blocks = [jnp.full(shape, jnp.nan, dtype) for _ in range(4)]
-    jax.block_until_ready(blocks)
-
-
-def error(found: jax.Array, truth: np.ndarray, terms: int) -> float:
-    """Largest error in units of what rounding explains: 1 or less is right, NaN is wrong."""
-    eps, single = float(jnp.finfo(found.dtype).eps), float(jnp.finfo(jnp.float32).eps)
-    allowed = eps * np.abs(truth) + terms * single * max(1.0, float(np.abs(truth).max()))
-    worst = float(np.max(np.abs(np.asarray(found, np.float64) - truth) / allowed))
-    return worst if worst == worst else float("inf")
-
-
-def check(
-    kernel: nm.matmul.Implementation, seed: int, shapes: Sequence[tuple[int, int, int]] = CHECKS
-) -> dict[str, float]:
-    """Errors of one implementation, in units of what rounding explains."""
-    rng = np.random.default_rng(seed)
-    errors = {}
-    dense_layer = functools.partial(
-        nm.dot_general("2:4-T", implementation=kernel), dimension_numbers=(((1,), (0,)), ((), ()))
-    )
-    for tokens, rows, k in shapes:
-        x, w, dy = (rng.normal(size=shape) for shape in ((tokens, k), (k, rows), (tokens, rows)))
-        for dtype in (jnp.bfloat16, jnp.float16):
-            cast = functools.partial(jnp.asarray, dtype=dtype)
-            name = f"{tokens} x {rows} x {k} {jnp.dtype(dtype).name}"
-            wide = [np.asarray(cast(a), np.float64) for a in (x, w, dy)]
-
-            mask = all_pairs(rng, k, rows)
-            packed = nm.pack(cast(np.where(mask, w, np.nan)), jnp.asarray(mask), orientation="forward")
-            poison((tokens, rows), dtype)
-            y = nm.nm_matmul(cast(x), packed, "2:4", implementation=kernel)
-            errors[f"all pairs, {name}"] = error(y, wide[0] @ np.where(mask, wide[1], 0), k)
-
-            mask = transposable(rng, k, rows)
-            sparse = np.where(mask, wide[1], 0)
-            poison((tokens, k), dtype)
-            y, pull = jax.vjp(dense_layer, cast(x), cast(np.where(mask, w, 0)))
-            to_x, to_w = pull(cast(dy))
-            for part, found, truth, terms in (
-                ("dot_general", y, wide[0] @ sparse, k),
-                ("input gradient", to_x, wide[2] @ sparse.T, rows),
-                ("weight gradient", to_w, wide[0].T @ wide[2], tokens),
-            ):
-                errors[f"{part}, {name}"] = error(found, truth, terms)
-    return errors
-
-
-def wrong(errors: dict[str, float]) -> dict[str, float]:
-    """The checks that failed; NaN and infinity count as failed."""
-    return {name: value for name, value in errors.items() if not value <= 1}
-
-
-# --------------------------------------------------------------------------------------------------------------- speed
-
-
-def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns so that the clock of the device hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    inner = {}
-    for name, function in functions.items():
-        jax.block_until_ready(function())
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        inner[name] = max(1, min(20, int(5e-3 / (time.perf_counter() - start))))  # about 5 ms in a row
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(inner[name]):
-                result = function()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - start) / inner[name])
-    return {name: float(np.median(values)) for name, values in seconds.items()}
-
-
-def cusparselt(w: np.ndarray, x: np.ndarray, repeats: int) -> float | None:
-    """Median seconds of torch's cuSPARSELt for w x^T, after its own search for an algorithm; `None` without torch."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    if not (torch.cuda.is_available() and torch.backends.cusparselt.is_available()):
-        return None
-    packed = torch._cslt_compress(torch.from_numpy(w).cuda().bfloat16())
-    right = torch.from_numpy(x).cuda().bfloat16().t()
-    algorithm = torch._cslt_sparse_mm_search(packed, right)
-    seconds = []
-    for _ in range(repeats + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(10):
-            torch._cslt_sparse_mm(packed, right, alg_id=algorithm)
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / 10)
-    return float(np.median(seconds[3:]))
-
-
-def bench_product(kernel: nm.matmul.Implementation, shape: tuple[int, int, int], side: Side, repeats: int) -> dict:
-    """Times of x A^T: A is W^T of a weight W (k, rows) forward, and the weight (rows, k) itself in the gradient."""
-    tokens, rows, k = shape
-    rng = np.random.default_rng(0)
-    forward = side == "forward"
-    w = rng.normal(size=(k, rows) if forward else (rows, k)).astype(np.float32)
-    w *= transposable(rng, *w.shape)
-    x = rng.normal(size=(tokens, k)).astype(np.float32)
-    weight, inputs = jnp.asarray(w, jnp.bfloat16), jnp.asarray(x, jnp.bfloat16)
-    pack = jax.jit(lambda w: getattr(nm.pack(w, orientation=side), side).matrix)
-    packed = pack(weight)
-    product = jax.jit(kernel.product)
-    both = jax.jit(lambda w, x: kernel.product(getattr(nm.pack(w, orientation=side), side).matrix, x))
-    dot = jax.jit(lambda w, x: jnp.dot(x, w if forward else w.T))
-    seconds: dict[str, float | None] = dict(
-        medians(
-            {
-                "dense": lambda: dot(weight, inputs),
-                "sparse": lambda: product(packed, inputs),
-                "packing": lambda: pack(weight),
-                "sparse and packing": lambda: both(weight, inputs),
-            },
-            repeats,
+def configurations(kernel: nm.matmul.Implementation) -> dict[str, Callable]:
+    """Products of a kernel by the configuration that it runs in, the most promising first."""
+    module = {"hopper": nm.matmul.hopper, "ampere": nm.matmul.ampere}.get(kernel.name)
+    if module is None:
+        return {"the only one": kernel.product}
+    found: dict[str, Callable] = {}
+    for options in HOPPER if kernel.name == "hopper" else AMPERE:
+        config = module.Config(**options)
+        found[", ".join(f"{name}={value}" for name, value in options.items())] = functools.partial(
+            module.product, config=config
         )
+    return found
+
+
+HOPPER = [
+    {"tile_tokens": tokens, "tile_k": k, "stages": stages, "cluster": cluster, "in_flight": flight, "raster": raster}
+    for raster, flight, cluster, (tokens, k, stages) in itertools.product(
+        (8, 16), (0, 1), (2, 1), [(256, 64, 5), (256, 64, 4), (256, 128, 2), (192, 64, 6), (128, 64, 6), (128, 128, 4)]
     )
-    seconds["cusparselt"] = cusparselt(w.T if forward else w, x, repeats)
-    return {"implementation": kernel.name, "side": side, "tokens": tokens, "rows": rows, "k": k, "seconds": seconds}
+]
+AMPERE = [
+    {"tile_k": k, "stages": stages, "raster": raster}
+    for raster, (k, stages) in itertools.product((8, 16), [(64, 3), (64, 4), (64, 2), (128, 2)])
+]
 
 
-def bench_training_step(kernel: nm.matmul.Implementation, sizes: tuple[int, int, int], repeats: int) -> dict:
-    """Value and gradients of a transformer's MLP, dense and sparse, in the same run."""
-    tokens, width, hidden = sizes
-    rng = np.random.default_rng(0)
-    params = {}
-    for name, (k, rows) in {"up": (width, hidden), "down": (hidden, width)}.items():
-        w = rng.normal(size=(k, rows)).astype(np.float32) * transposable(rng, k, rows) * (2 / k) ** 0.5
-        params[name] = jnp.asarray(w, jnp.bfloat16)
-    x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
-
-    def step(dot_general):
-        dimensions = (((1,), (0,)), ((), ()))
-
-        def loss(params, x):
-            y = x + dot_general(jax.nn.gelu(dot_general(x, params["up"], dimensions)), params["down"], dimensions)
-            return jnp.mean(jnp.square(y.astype(jnp.float32)))
-
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-
-    dense, sparse = step(jax.lax.dot_general), step(nm.dot_general("2:4-T", implementation=kernel))
-    seconds = medians({"dense": lambda: dense(params, x), "sparse": lambda: sparse(params, x)}, repeats)
-    return {"implementation": kernel.name, "tokens": tokens, "width": width, "hidden": hidden, "seconds": seconds}
+# -------------------------------------------------------------------------------------------------------------- stages
 
 
-def bench_default(shape: tuple[int, int, int], repeats: int) -> dict:
-    """Where no kernel runs: the default against a plain product, and what `reference` and packing cost."""
-    tokens, rows, k = shape
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(tokens, k)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(k, rows)) * transposable(rng, k, rows), jnp.float32)
+@dataclasses.dataclass
+class Session:
+    """A run on a device whose time is short: what there is so far is kept after every row."""
 
-    def step(product):
-        return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.square(product(x, w))), (0, 1)))
+    run: Run
+    result: dict
+    deadline: float
 
-    plain, default = step(jnp.dot), step(nm.nm_matmul)
-    reference = step(functools.partial(nm.nm_matmul, implementation="reference"))
-    pack = jax.jit(nm.pack)
-    seconds = medians(
-        {
-            "plain": lambda: plain(x, w),
-            "default": lambda: default(x, w),
-            "reference": lambda: reference(x, w),
-            "packing": lambda: pack(w),
-        },
-        repeats,
-    )
-    return {"tokens": tokens, "rows": rows, "k": k, "seconds": seconds}
+    def row(self, table: str, key: dict, function: Callable, *arguments: Any) -> None:
+        """Adds what a function gives to a table, or the exception that it raises; nothing once time is up."""
+        if time.monotonic() > self.deadline:
+            self.result["skipped"] = self.result.get("skipped", 0) + 1
+            return
+        try:
+            found = function(*arguments)
+        except Exception as error:  # whatever a compiler or a device may throw
+            found = {"failed": described(error)}
+        self.result.setdefault(table, []).append({**key, **found})
+        self.run.keep(self.result)
+        self.run.console.print(table, self.result[table][-1], highlight=False)
+
+
+def time_kernels(session: Session, able: Sequence[nm.matmul.Implementation], sizes: Sizes) -> None:
+    """All that is timed of kernels, the most valuable first."""
+
+    def products(dtype):
+        for kernel, shape, side in itertools.product(able, sizes.products, get_args(Side)):
+            key: dict[str, Any] = {
+                "implementation": kernel.name,
+                "version": kernel.version,
+                "side": side,
+                "dtype": dtype,
+            }
+            key |= _named(shape)
+            session.row("products", key, bench_product, kernel, shape, side, dtype, sizes.repeats)
+
+    def sweep(shape):
+        for kernel in able:
+            for name, product in configurations(kernel).items():
+                key = {"implementation": kernel.name, "configuration": name}
+                key |= _named(shape)
+                session.row("configurations", key, bench_configuration, product, shape, "bfloat16", sizes.repeats)
+
+    products("bfloat16")
+    sweep(sizes.sweeps[0])
+    for kernel in able:
+        key = {"implementation": kernel.name}
+        session.row("training_steps", key, bench_training_step, kernel, sizes.mlp, sizes.repeats)
+    for shape, side in itertools.product(sizes.products, get_args(Side)):
+        key = {"side": side, "dtype": "bfloat16", **_named(shape)}
+        session.row("cusparselt", key, bench_cusparselt, shape, side, "bfloat16", sizes.repeats)
+    products("float16")
+    for shape in sizes.sweeps[1:]:
+        sweep(shape)
+
+
+def _named(shape: Shape) -> dict[str, Any]:
+    return dict(zip(("tokens", "rows", "k"), shape, strict=True))
+
+
+def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Measurement]:
+    """What the default choice consults. Packing is what it adds when it is part of the same program."""
+    found = []
+    for row in products:
+        if (seconds := row.get("seconds")) is None:
+            continue
+        packing = max(seconds["sparse and packing"] - seconds["sparse"], 0.0)
+        origin = (device.device_kind, row["implementation"], row["version"], jax.__version__, row["dtype"])
+        sizes = (row["tokens"], row["rows"], row["k"])
+        found.append(nm.matmul.Measurement(*origin, *sizes, seconds["dense"], seconds["sparse"], packing))
+    return found
+
+
+def best_configurations(rows: Sequence[dict]) -> dict[str, str]:
+    """The fastest right configuration of each kernel at each shape, in words."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        if row.get("error", 2.0) <= 1:
+            key = f"{row['implementation']}, {_sizes(row)}"
+            if key not in best or row["sparse"] < best[key]["sparse"]:
+                best[key] = row
+    return {key: f"{row['configuration']}: {row['dense'] / row['sparse']:.2f} times dense" for key, row in best.items()}
+
+
+def measure(run: Run) -> dict:
+    """Checks, then times what runs here."""
+    begin, device, dry = time.monotonic(), jax.devices()[0], run.args.dry
+    able, reasons = kernels(device)
+    if dry:
+        able = [dataclasses.replace(REFERENCE, name="dry")]
+    sizes = DRY if dry else QUICK if run.quick else FULL
+    given = run.args.seed
+    seed = given if given is not None else int(np.random.SeedSequence().generate_state(1)[0])
+    run.console.print(f"{device.device_kind}, jax {jax.__version__}, seed {seed}", highlight=False)
+    if not able:
+        run.console.print("No sparse kernel runs here:")
+        for name, reason in reasons.items():
+            run.console.print(f"  {name}: {reason}", highlight=False)
+    result: dict = {"seed": seed, "checks": {}}
+    for kernel in able or [REFERENCE]:
+        result["checks"][kernel.name] = check(kernel, seed, sizes.checks)
+        run.keep(result)
+    if run.args.check:
+        return result
+    if right := [kernel for kernel in able if not wrong(result["checks"][kernel.name])]:
+        time_kernels(Session(run, result, begin + run.args.budget), right, sizes)
+        result["best"] = best_configurations(result.get("configurations", []))
+        profile = run.args.profile or (run.path.with_suffix(".profile") if dry else None)
+        profile = nm.matmul.save_profile(measurements(result.get("products", []), device), profile)
+        run.console.print(f"wrote {profile}, which implementation=None now consults")
+    elif not able:
+        result["default"] = [bench_default(shape, sizes.repeats) for shape in sizes.default]
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -262,24 +261,46 @@ def bench_default(shape: tuple[int, int, int], repeats: int) -> dict:
 
 def tables(result: dict) -> list[Table]:
     """Correctness; speed relative to the dense product in the same run; where no kernel runs, the default."""
-    checks = [
-        (name, "WRONG" if wrong(errors) else "right", len(errors), f"{max(errors.values()):.2f}")
-        for name, errors in result["checks"].items()
-    ]
+    checks = []
+    for name, errors in result["checks"].items():
+        worst = max((value for value in errors.values() if not isinstance(value, str)), default=float("nan"))
+        checks.append((name, "WRONG" if wrong(errors) else "right", len(errors), f"{worst:.2f}"))
     found = [Table("checks", ("implementation", "", "checks", "worst error / allowed"), checks, "Against float64")]
     if "products" in result:
-        header = ("kernel", "product", "tokens x rows x k", "dense, TFLOP/s", "packed", "with packing", "cuSPARSELt")
+        header = ("kernel", "dtype", "product", "tokens x rows x k", "dense, TFLOP/s", "packed", "with packing")
         found.append(Table("products", header, [*map(_product, result["products"])], "Times the speed of dense"))
+    if "configurations" in result:
+        compared = [
+            (row["implementation"], row["configuration"], _sizes(row), *_configuration(row))
+            for row in result["configurations"]
+        ]
+        columns: tuple[str, ...] = (
+            "kernel",
+            "configuration",
+            "tokens x rows x k",
+            "speed / dense",
+            "error / allowed",
+        )
+        notes = "; ".join(f"best of {key}: {words}" for key, words in result["best"].items())
+        found.append(Table("configurations", columns, compared, "Configurations", notes))
+    if "training_steps" in result:
         steps = [
-            (row["implementation"], _sizes(row, "tokens", "width", "hidden"), _times(row["seconds"], "sparse"))
+            (
+                row["implementation"],
+                row.get("failed") or _sizes(row, "tokens", "width", "hidden"),
+                _times(row, "sparse"),
+            )
             for row in result["training_steps"]
         ]
         notes = "Two of three products sparse, packing included."
         found.append(Table("steps", ("kernel", "MLP", "speed / dense"), steps, "A training step", notes))
+    if rows := [row for row in result.get("cusparselt", []) if "seconds" in row]:
+        cells = [(row["side"], _sizes(row), f"{1e3 * row['seconds']:.3f}") for row in rows]
+        found.append(Table("cusparselt", ("product", "tokens x rows x k", "ms"), cells, "cuSPARSELt"))
     if "default" in result:
         default = [
             (
-                _sizes(row, "tokens", "rows", "k"),
+                _sizes(row),
                 *(f"{row['seconds'][name] / row['seconds']['plain']:.2f}" for name in ("default", "reference")),
                 f"{1e3 * row['seconds']['packing']:.1f}",
             )
@@ -292,24 +313,33 @@ def tables(result: dict) -> list[Table]:
 
 
 def _sizes(row: dict, *names: str) -> str:
-    return " x ".join(str(row[name]) for name in names)
+    return " x ".join(str(row[name]) for name in names or ("tokens", "rows", "k"))
 
 
-def _times(seconds: dict, name: str) -> str:
-    return f"{seconds['dense'] / seconds[name]:.2f}" if seconds[name] else "-"
+def _times(row: dict, name: str) -> str:
+    seconds = row.get("seconds", {})
+    return f"{seconds['dense'] / seconds[name]:.2f}" if name in seconds else "-"
 
 
 def _product(row: dict) -> tuple[str, ...]:
-    seconds = row["seconds"]
-    rate = 2 * np.prod([float(row[name]) for name in ("tokens", "rows", "k")]) / seconds["dense"] / 1e12
-    speeds = (_times(seconds, name) for name in ("sparse", "sparse and packing", "cusparselt"))
-    return row["implementation"], row["side"], _sizes(row, "tokens", "rows", "k"), f"{rate:.0f}", *speeds
+    what = (row["implementation"], row["dtype"], row["side"], _sizes(row))
+    if "failed" in row:
+        return *what, row["failed"], "-", "-"
+    rate = 2 * np.prod([float(row[name]) for name in ("tokens", "rows", "k")]) / row["seconds"]["dense"] / 1e12
+    return *what, f"{rate:.0f}", _times(row, "sparse"), _times(row, "sparse and packing")
+
+
+def _configuration(row: dict) -> tuple[str, str]:
+    if "failed" in row:
+        return row["failed"], "-"
+    return f"{row['dense'] / row['sparse']:.2f}", f"{row['error']:.2f}"
 
 
 def problems(result: dict) -> list[str]:
     """Checks that failed."""
     return [
-        f"{kernel} is wrong: {name}, {value:.3g} times the error that rounding allows"
+        f"{kernel} is wrong: {name}, "
+        + (value if isinstance(value, str) else f"{value:.3g} times what rounding allows")
         for kernel, errors in result["checks"].items()
         for name, value in wrong(errors).items()
     ]
@@ -317,15 +347,15 @@ def problems(result: dict) -> list[str]:
 
 def draw(result: dict) -> Figure | None:
     """Speed relative to dense at each shape; nothing where no kernel ran."""
-    products = result.get("products", [])
+    products = [row for row in result.get("products", []) if "seconds" in row]
     if not products:
         return None
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{p['side']}\n{p['tokens']} x {p['rows']}\nx {p['k']}\n{p['implementation']}" for p in products]
-    for offset, name in enumerate(("sparse", "sparse and packing", "cusparselt")):
-        speed = [p["seconds"]["dense"] / p["seconds"][name] if p["seconds"][name] else 0 for p in products]
-        axes.bar(np.arange(len(products)) + 0.25 * (offset - 1), speed, 0.25, label=name)
+    labels = [f"{p['side']}, {p['dtype']}\n{_sizes(p)}\n{p['implementation']}" for p in products]
+    for offset, name in enumerate(("sparse", "sparse and packing")):
+        speed = [p["seconds"]["dense"] / p["seconds"][name] for p in products]
+        axes.bar(np.arange(len(products)) + 0.35 * (offset - 0.5), speed, 0.35, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.axhline(TARGET, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(products)), labels, fontsize=6)
@@ -334,56 +364,17 @@ def draw(result: dict) -> Figure | None:
     return figure
 
 
-def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Measurement]:
-    """What the default choice consults. Packing is what it adds when it is part of the same program."""
-    found = []
-    for row in products:
-        seconds = row["seconds"]
-        packing = max(seconds["sparse and packing"] - seconds["sparse"], 0.0)
-        sizes = (row["tokens"], row["rows"], row["k"])
-        times = (seconds["dense"], seconds["sparse"], packing)
-        kernel = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == row["implementation"])
-        origin = (device.device_kind, kernel.name, kernel.version, jax.__version__, "bfloat16")
-        found.append(nm.matmul.Measurement(*origin, *sizes, *times))
-    return found
-
-
-def measure(run: Run) -> dict:
-    """Checks, then times what runs here."""
-    device = jax.devices()[0]
-    able, reasons = kernels(device)
-    given = run.args.seed
-    seed = given if given is not None else int(np.random.SeedSequence().generate_state(1)[0])
-    run.console.print(f"{device.device_kind}, jax {jax.__version__}, seed {seed}", highlight=False)
-    if not able:
-        run.console.print("No sparse kernel runs here:")
-        for name, reason in reasons.items():
-            run.console.print(f"  {name}: {reason}", highlight=False)
-    shapes = CHECKS[-1:] if run.quick else CHECKS
-    checks = {kernel.name: check(kernel, seed, shapes) for kernel in able or [REFERENCE]}
-    result: dict = {"seed": seed, "checks": checks}
-    if run.args.check:
-        return result
-    repeats = 7 if run.quick else 30
-    if right := [kernel for kernel in able if not wrong(checks[kernel.name])]:
-        result["products"] = [
-            bench_product(kernel, shape, side, repeats)
-            for kernel in right
-            for shape in (SHAPES[:1] if run.quick else SHAPES)
-            for side in get_args(Side)
-        ]
-        result["training_steps"] = [bench_training_step(kernel, MLP, repeats) for kernel in right]
-        profile = nm.matmul.save_profile(measurements(result["products"], device), run.args.profile)
-        run.console.print(f"wrote {profile}, which implementation=None now consults")
-    elif not able:
-        result["default"] = [bench_default(shape, repeats) for shape in (QUICK_SHAPES if run.quick else CPU_SHAPES)]
-    return result
+class _Dry(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.dry = namespace.quick = True  # tiny results go where those of --quick do
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What to do, and with which numbers."""
     parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--dry", action=_Dry, nargs=0, default=False, help="all that a GPU would do, without one")
     parser.add_argument("--seed", type=int, help="of the random data; a fresh one unless given")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds after which no further row is begun")
     parser.add_argument("--profile", type=Path, help="where to save the profile, instead of the default place")
 
 

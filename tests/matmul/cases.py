@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from experiments.bench import masks
+
 PAIRS = list(itertools.combinations(range(4), 2))  # the six ways to keep two of four
 
 
@@ -11,23 +13,13 @@ def all_pairs(rows, k, seed=0):
     """A weight (rows, k) in float32 and its 2:4 mask along k, in which each of the 36 pairs of patterns of neighbouring
     groups occurs if there are 36 of them."""
     generator = np.random.default_rng(seed)
-    groups = k // 4
-    patterns = [pattern for both in itertools.product(range(6), repeat=2) for pattern in both]
-    mask = np.zeros((rows, groups, 4), bool)
-    for row, group in np.ndindex(rows, groups):
-        mask[row, group, list(PAIRS[patterns[(row * groups + group) % 72]])] = True
-    return generator.normal(size=(rows, k)).astype(np.float32), mask.reshape(rows, k)
+    mask = masks.all_pairs(generator, k, rows).T
+    return generator.normal(size=(rows, k)).astype(np.float32), np.array(mask)
 
 
 def transposable(k, rows, seed=0):
     """A random 2:4-T mask (k, rows): blocks of 4 x 4 with two kept in each row and column."""
-    generator = np.random.default_rng(seed)
-    circulant = np.array([[(j - i) % 4 < 2 for j in range(4)] for i in range(4)])
-    mask = np.zeros((k, rows), bool)
-    for i, j in np.ndindex(k // 4, rows // 4):
-        block = circulant[generator.permutation(4)][:, generator.permutation(4)]
-        mask[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] = block
-    return mask
+    return masks.transposable(np.random.default_rng(seed), k, rows)
 
 
 def leaf_mask(shape, letters):
