@@ -186,6 +186,7 @@ class _Slabs:
             slabs += self.pool_slabs
 
         def slab(k, carry):
+            k = jnp.asarray(k, jnp.int32)  # a Python integer under `jax.disable_jit`
             # Scalars that the compiler sees: an operation of the partitioner may not hold constant arrays.
             which = functools.reduce(jnp.add, [(k >= begin).astype(jnp.int32) for begin in begins]) - 1
             begin = functools.reduce(jnp.maximum, [jnp.where(k >= begin, begin, 0) for begin in begins])
