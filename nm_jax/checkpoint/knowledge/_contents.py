@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -67,6 +68,11 @@ class Contents:
         """Whether PyTorch code of transformers wrote it."""
         return bool(self.model_type) and self.format in ("pt", "")
 
+    @property
+    def models(self) -> str:
+        """Whose model it is, where `config.json` says so and its layers are (out, in); empty if not known."""
+        return self.model_type if self.format in ("pt", "mlx", "") else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -131,9 +137,9 @@ class Item:
 
     @functools.cached_property
     def bias(self) -> int | None:
-        """The length of its module's bias."""
+        """The length of its module's bias; Equinox has dimensions of one behind it."""
         found = self.sibling("bias")
-        return found[0] if found is not None and len(found) == 1 else None
+        return found[0] if found and math.prod(found) == found[0] else None
 
     @property
     def axes_by_bias(self) -> str | None:

@@ -40,8 +40,12 @@ TABLE = (
     Architecture(("xlnet",), r"rel_attn\.o", "oii", "XLNetRelativeAttention"),
     Architecture(("sam*", "edgetam*"), r"upscale_conv[12]\.weight", "iobb", _TRANSPOSED_2D),
     Architecture(("beit", "data2vec-vision"), r"(fpn1\.[03]|fpn2\.0)\.weight", "iobb", _TRANSPOSED_2D),
-    Architecture(("dpt", "*depth_anything", "zoedepth"), r"layers\.[01]\.resize\.weight", "iobb", _TRANSPOSED_2D),
-    Architecture(("dpt", "*depth_anything", "zoedepth"), r"layers\.3\.resize\.weight", "oibb", _CONV),
+    Architecture(
+        ("dpt", "*depth_anything", "zoedepth", "chmv2"), r"layers\.[01]\.resize\.weight", "iobb", _TRANSPOSED_2D
+    ),
+    Architecture(("dpt", "*depth_anything", "zoedepth", "chmv2"), r"layers\.3\.resize\.weight", "oibb", _CONV),
+    Architecture(("canine",), r"chars_to_molecules\.conv\.weight", "oib", "nn.Conv1d"),
+    Architecture(("got_ocr2",), r"conv_upsampler[12]\.weight", "oibb", _CONV),
     Architecture(("vits", "speecht5*", "fastspeech2*", "seamless*"), r"upsampler\.\d+\.weight", "iob", _TRANSPOSED_1D),
 )
 

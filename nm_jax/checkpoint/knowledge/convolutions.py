@@ -9,9 +9,10 @@ _ONE_DIMENSIONAL = (
     "downsample|upsample|patch|patches|stem"
 )
 # Words that only transposed convolutions have, that they may have, and that they never have.
-_TRANSPOSED = "deconvs?|transpose|transposed|convtranspose|convt|tconv|transconv"
+_TRANSPOSED = "deconv\\w*|transpose|transposed|convtranspose\\w*|convt|tconvs?|transconvs?|transpconvs?"
+_TRANSPOSED_IN_SAM = r"(^|\.)mask_decoder\.upscale_conv[12]$"
 _UPWARDS = (
-    "ups?|upsamplers?|upsampling|upsample|upscale|upscaling|upconv|unpool|unpooling|resize|fpn|decoder|generator|gen|"
+    "ups?|upsamplers?|upsampling|upsample|upscale|upscaling|upconv|unpool|unpooling|resize|trans|decoder|generator|gen|"
     "netg|dec"
 )
 _DOWNWARDS = (
@@ -21,7 +22,7 @@ _DOWNWARDS = (
 _ORDINARY = (
     r"\w*(res|mid|block)\w*\.(\w+\.)*?(\w*_)?(conv|projection)\w*(\.\d+|\.conv\w*)*|"
     r"upsample\w*\.(\d+\.)?\w*conv(\.conv)?|resample\.\d+|"
-    r"(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
+    r"conv_layers\.\d+\.conv|(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
 )
 
 
@@ -42,9 +43,8 @@ def _is_one_dimensional(item: Item) -> bool:
     window = item.shape[2]
     if any_word(item.words, _ONE_DIMENSIONAL) or any_word(item.path_words, "convs?|convd|convolution"):
         return True
-    has_bias = item.bias in item.shape[:2]
-    small = window % 2 == 1 and window < 32 and window < item.shape[1]
-    return has_bias and (window == 1 or (small and item.contents.transformers))
+    small = window == 1 or (window < 32 and 2 * window <= item.shape[1])
+    return (item.bias in item.shape[:2] and small) or (window == 1 and any_word(item.words, "projs?|projection|linear"))
 
 
 def _may_be_mlx(shape: tuple[int, ...]) -> bool:
@@ -68,7 +68,7 @@ def _by_bias(item: Item) -> Axes | Doubt | None:
 
 
 def _by_name(item: Item) -> Axes | Doubt:
-    if any_word(item.words, _TRANSPOSED):
+    if any_word(item.words, _TRANSPOSED) or re.search(_TRANSPOSED_IN_SAM, item.module):
         return Axes(_axes(item, "io"), f"name: {item.role} is a transposed convolution")
     window = item.shape[2:]
     if _ordinary(item) or set(window) == {1}:

@@ -3,6 +3,7 @@
 import re
 
 from nm_jax.checkpoint.knowledge._contents import Axes, Doubt, Item
+from nm_jax.checkpoint.knowledge.linear import CONV1D
 
 _MLX_CONV = {3: "obi", 4: "obbi", 5: "obbbi"}
 _WINDOWS = {3: 1, 4: 2, 5: 3}  # dimensions of a convolution's window, by those of its kernel
@@ -14,6 +15,8 @@ def framework(item: Item) -> Axes | Doubt | None:
         return _flax(item)
     if item.contents.format == "mlx":
         return _mlx(item)
+    if item.leaf == "w" and item.ndim == 2 and (b := item.sibling("b")) is not None and len(b) == 1:
+        return _by_bias(item, b[0])
     if item.contents.format == "flax" and item.ndim > 1:
         return Doubt("its name says no layer of Flax that is known")
     return None
@@ -26,9 +29,10 @@ def _mlx(item: Item) -> Axes | Doubt | None:
     if item.leaf != "weight":
         return None
     if item.ndim == 2:
-        if item.bias is None or item.bias == item.shape[0]:
-            return Axes("oi", "format: mlx, a linear layer is (out, in)")
-        return Doubt("its bias does not have as many entries as a linear layer of MLX has outputs")
+        if item.bias not in (None, item.shape[0]):
+            return Doubt("its bias does not have as many entries as a linear layer of MLX has outputs")
+        known = item.bias is not None or re.fullmatch(CONV1D, item.role)
+        return Axes("oi", "format: mlx, a linear layer is (out, in)") if known else None
     convolution = any(word.startswith(("conv", "patch", "downsample")) for word in item.path_words)
     if item.ndim == 3 and {"experts", "switch"} & item.path_words:
         return Axes("boi", "format: mlx, experts are (expert, out, in)")
@@ -49,6 +53,8 @@ def _flax(item: Item) -> Axes | Doubt | None:
             return Axes("ioo", f"siblings: a bias of {bias}, a projection to heads")
         if bias == (shape[0], shape[2]):
             return Axes("bio", f"siblings: a bias of {bias}, layers stacked by scan")
+    if item.ndim == 3 and item.role in ("query", "key", "value", "out") and bias is None:
+        return _flax_attention(item)
     if re.match("out|o_proj", item.role) and item.ndim == 3 and item.bias == shape[2]:
         return Axes("iio", f"siblings: a bias of {item.bias}, a projection from heads")
     convolution = any(word.startswith(("conv", "downsample", "stem", "patch")) for word in item.words)
@@ -60,12 +66,32 @@ def _flax(item: Item) -> Axes | Doubt | None:
     return Doubt("its kernel may be a convolution, attention heads or stacked layers")
 
 
+def _flax_attention(item: Item) -> Axes | Doubt:
+    """(in, heads, dim) and (heads, dim, out), or (layer, in, out) for all: what leaves the query enters `out`."""
+    start = item.name.removesuffix(f"{item.role}.kernel").removesuffix(f"{item.role}/kernel")
+    rest = item.name[len(start) + len(item.role) :]
+    query, out = (item.contents.shapes.get(start + name + rest, ()) for name in ("query", "out"))
+    if len(query) == len(out) == 3:
+        heads = query[1:] == out[:2] and query[0] == out[2]
+        stacked = query[0] == out[0] and query[2] == out[1]
+        if heads and not stacked:
+            return Axes("iio" if item.role == "out" else "ioo", f"siblings: heads of {query} and {out}")
+        if stacked and not heads:
+            return Axes("bio", f"siblings: stacked layers of {query} and {out}")
+    return Doubt("its kernel may be attention heads or stacked layers")
+
+
+def _by_bias(item: Item, bias: int) -> Axes | Doubt:
+    """A matrix that has as many outputs as its bias has entries."""
+    if bias not in item.shape:
+        return Doubt(f"its bias has {bias} entries, which is neither of its sizes")
+    axes = "oi" if bias == item.shape[0] else "io"
+    return Axes(axes, f"siblings: a bias of {bias}", either=item.shape[0] == item.shape[1])
+
+
 def _flax_matrix(item: Item) -> Axes | Doubt:
-    square = item.shape[0] == item.shape[1]
-    if item.bias is not None and not square:
-        if item.axes_by_bias is None:
-            return Doubt(f"its bias has {item.bias} entries, which is neither of its sizes")
-        return Axes(item.axes_by_bias, f"siblings: a bias of {item.bias}")
-    if re.fullmatch(r"c_attn|c_fc|c_proj|q_attn", item.role):  # FlaxConv1D of transformers stores (out, in)
+    if item.bias is not None and item.shape[0] != item.shape[1]:
+        return _by_bias(item, item.bias)
+    if re.fullmatch(CONV1D, item.role):  # FlaxConv1D of transformers stores (out, in)
         return Axes("io", f"{item.role} is (out, in) in some models of Flax, (in, out) in others", either=True)
     return Axes("io", "name: a kernel of two dimensions is (in, out)")

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from nm_jax.checkpoint.knowledge._contents import Item, any_word
+from nm_jax.checkpoint.knowledge.linear import PATCHES
 
 # Words of modules that are looked up, not contracted. A bias, or a word of a layer beside it, says otherwise.
 _TABLE_WORDS = (
@@ -18,7 +19,7 @@ _ALWAYS_TABLES = (  # whatever is beside them
     r"(word|position|token_type|tok|segment|token)_embeddings?|embed_tokens|embed_positions|w[tp]e|embedding_table"
 )
 _LAYER_WORDS = (
-    "proj|projs|projections?|projector|linear|lin|dense|fc|mlp|ffn|convs?|convd|convolution|map|mapper|mapping|"
+    "proj|projs|projections?|projector|project|linear|lin|dense|fc|mlp|ffn|convs?|convd|convolution|map|mapper|mapping|"
     "transform"
 )
 _ROUTERS = r"router|routers|gate|gating|wg|switch|shared_expert_gate|moe_gate"
@@ -77,6 +78,8 @@ def looked_up(item: Item) -> str:
         return f"an embedding {_LOOKED_UP}"
     if item.bias is not None:
         return ""
+    if re.fullmatch(PATCHES, role):
+        return ""
     if any_word(item.words, _TABLE_WORDS) and not any_word(item.words, _LAYER_WORDS):
         return f"{'an embedding' if 'emb' in role else 'a lookup table'} {_LOOKED_UP}"
     return f"a lookup table {_LOOKED_UP}" if re.fullmatch(_TABLE_NAMES, role) else ""
@@ -114,14 +117,11 @@ def _router(item: Item) -> str:
     last = [part.lower() for part in item.parts[-4:-1]]
     if not any(re.fullmatch(_ROUTERS, part) for part in last):
         return ""
-    # A gate beside experts chooses among them; one that is as wide as what it gates multiplies.
-    beside_experts = any_word(item.path_words, "moe") or any(
-        name.startswith(item.name[: -len(f"{item.role}.{item.leaf}")]) and "expert" in name
-        for name in item.contents.shapes
-    )
-    only_gate = all(part in ("gate", "gating") for part in last if re.fullmatch(_ROUTERS, part))
-    if only_gate and not beside_experts and item.shape[0] * 4 > item.shape[1]:
-        return ""
+    if all(part not in ("router", "routers") for part in last):  # a gate that has no experts multiplies
+        block = item.name.removesuffix(f"{item.role}.{item.leaf}")
+        beside = (name for name in item.contents.shapes if name.startswith(block))
+        if not any_word(item.path_words, "moe") and not any("expert" in name for name in beside):
+            return ""
     return "a router chooses experts"
 
 

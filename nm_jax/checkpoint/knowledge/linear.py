@@ -2,20 +2,20 @@
 
 import re
 
-from nm_jax.checkpoint.knowledge._contents import Axes, Contents, Doubt, Item, any_word
+from nm_jax.checkpoint.knowledge._contents import Axes, Contents, Doubt, Item, any_word, words
 
 # Words of names that only linear layers have, which are (out, in), and whole names.
 _WORDS = (
-    "projs?|projections?|projector|linear|lin|dense|fcs?|mlps?|ffn|ff|feedforward|qkv|kv|qk|wqkv|query|key|value|"
-    "receptance|reduction|intermediate|output|expansion|adapter|lora|transform|mapper|mapping|layers?|blocks?|attn|"
+    "projs?|projections?|projector|project|linear|lin|dense|fcs?|mlps?|ffn|ff|feedforward|qkv|kv|qk|wqkv|query|key|value|"
+    "receptance|reduction|intermediate|output|expansion|adapter|lora|transform|mapper|mapping|layers?|attn|"
     "attention|heads?|classifiers?|score|logits|unembed|router|gate|gating"
 )
-_NAMES = (
-    r"[qkvorg]|w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|net|(in|out|up|down|gate)|embed_out"
-)
-_AT_THE_ROOT = r"[a-df-su-vxyz]|l\d+"  # names without a meaning, of modules in no other
+_NAMES = r"w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|net|up|down|gate|(\w+_)?(in|out)"
+_MEANINGLESS = r"[abcxy]|l\d+"  # names of modules in no other
+_IN_ATTENTION = r"[qkvorg]"
+PATCHES = r"(\w+_)?patch(es)?_(embed\w*|projection)|patchifier|patchify|encoder_to_decoder"
 # Layers that are `nn.Linear` in one model and `Conv1D` in another. The first ones widen, in either.
-_WIDENING, _EITHER = r"c_attn|c_fc|c_enc_kv", r"c_attn|c_fc|c_proj|q_attn|c_enc_kv"
+_WIDENING, CONV1D = r"c_attn|c_fc|c_enc_kv", r"c_attn|c_fc|c_proj|q_attn|c_enc_kv"
 
 
 def linear(item: Item) -> Axes | Doubt | None:
@@ -26,27 +26,35 @@ def linear(item: Item) -> Axes | Doubt | None:
         if item.axes_by_bias is None:
             return Doubt(f"its bias has {item.bias} entries, which is neither of its sizes")
         return Axes(item.axes_by_bias, f"siblings: a bias of {item.bias}")
-    if re.fullmatch(_EITHER, item.role):
+    if re.fullmatch(CONV1D, item.role):
         return _by_the_others(item)
-    if any_word(item.words, "g?conv|gcn|gat|sage"):
+    if not item.contents.models and any_word(item.words, "g?conv|gcn|gat|sage"):
         return Axes("oi", "a layer of a graph, (out, in) or (in, out)", either=True)
-    names = f"{_NAMES}|{_AT_THE_ROOT}" if item.parts[0] == item.role else _NAMES
-    if re.fullmatch(names, item.role.lower()) or any_word(item.words, _WORDS):
+    if _is_named(item):
         return Axes("oi", f"name: {item.role} is a linear layer")
     if item.bias is None:
-        if item.contents.transformers and item.in_stack:
+        if item.contents.models and (item.in_stack or any_word(item.words, "conv")):
             return Axes("oi", f"config: {item.contents.model_type}, a layer of its blocks")
         return Doubt("without a bias it may be a linear layer or a lookup table")
-    if item.contents.transformers:
+    if item.contents.models:
         return Axes("oi", f"config: {item.contents.model_type}, a layer with a bias")
     if {axes for _, axes in item.contents.axes_by_bias} == {"oi"}:
         return Axes("oi", "siblings: the biases of this checkpoint's other layers")
     return Axes("oi", "a square matrix, (out, in) or (in, out)", either=True)
 
 
+def _is_named(item: Item) -> bool:
+    """Whether its name says that it is a linear layer."""
+    if len(item.parts) == 2 and re.fullmatch(_MEANINGLESS, item.role):
+        return True
+    if re.fullmatch(_IN_ATTENTION, item.role) and len(item.parts) > 2:
+        return any_word(words(item.parts[-3]), "attn|attention")
+    return bool(re.fullmatch(f"{_NAMES}|{PATCHES}", item.role.lower())) or any_word(item.words, _WORDS)
+
+
 def conv1d_orientations(contents: Contents, role: str = "") -> set[str]:
     """How the layers that may be GPT-2's `Conv1D` are stored, by their biases, or by what widens where none tells."""
-    names = re.escape(role) if role else _EITHER
+    names = re.escape(role) if role else CONV1D
     found = {axes for other, axes in contents.axes_by_bias if re.fullmatch(names, other)}
     return found or {
         "oi" if item.shape[0] > item.shape[1] else "io"
