@@ -1,7 +1,13 @@
 """The contract of a solver: tiles of scores in, the mask that keeps the most of them out.
 
-To add a solver, write one file with a frozen dataclass that derives from `Solver`, and add a line to `menu.py`; the
-contract suite in `tests/solvers` then covers it.
+To add a solver:
+
+1. Write one file here with a frozen dataclass that derives from `Solver`: `supports` and `solve` (and `solve_edges`, if
+   it can do better than the lowest score where a tile is padding).
+2. Import it in `menu.py` and add it to `MENU` there, before the solvers that it is better than. The contract suite,
+   `tests/solvers/test_contract.py`, then covers it for every pattern that it supports.
+
+A name that users should have is also listed in `__init__.py`.
 """
 
 import abc

@@ -9,13 +9,7 @@ import nm_jax as nm
 from nm_jax import solvers
 from tests.helpers import PATTERNS, SCORES, all_masks, best_by_enumeration, check_mask, tiles
 
-SOLVERS = [
-    getattr(solvers, name)()
-    for name in dir(solvers)
-    if isinstance(getattr(solvers, name), type)
-    and issubclass(getattr(solvers, name), solvers.Solver)
-    and getattr(solvers, name) is not solvers.Solver
-]
+SOLVERS = solvers.MENU
 PAIRS = [(solver, pattern) for solver in SOLVERS for pattern in PATTERNS if solver.supports(pattern)]
 
 

@@ -1,0 +1,120 @@
+"""The recipes for whoever adds the next member, followed to the letter in a copy of the project.
+
+A recipe stands where a newcomer looks. Each test here does what it says with a toy member, runs the suites that are
+said to cover it in a process of its own, and sees that they did.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import nm_jax
+
+ROOT = pathlib.Path(nm_jax.__file__).parent.parent
+
+
+class Project:
+    """A copy of the library and its tests, to be changed."""
+
+    def __init__(self, folder, *parts):
+        self.folder = folder
+        for part in ("nm_jax", "tests", *parts):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    def write(self, path, text):
+        """A new file."""
+        assert not (self.folder / path).exists()
+        (self.folder / path).write_text(textwrap.dedent(text))
+
+    def insert(self, path, anchor, text):
+        """A few lines before the only line that begins with `anchor`, indented as it is."""
+        lines = (self.folder / path).read_text().splitlines(keepends=True)
+        [place] = [k for k, line in enumerate(lines) if line.strip().startswith(anchor)]
+        indent = re.match(" *", lines[place])[0]
+        lines[place:place] = textwrap.indent(textwrap.dedent(text), indent)
+        (self.folder / path).write_text("".join(lines))
+
+    def test(self, keyword, *suites):
+        """The names of the tests whose names hold the keyword; all of them pass."""
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-v", "-p", "no:cacheprovider", "-k", keyword, *suites]
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        run = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return re.findall(r"::(\S+) PASSED", run.stdout)
+
+
+def test_a_solver(tmp_path):
+    """The recipe in `nm_jax/solvers/base.py`."""
+    project = Project(tmp_path)
+    project.write(
+        "nm_jax/solvers/toy.py",
+        '''
+        """The larger of every two, by one comparison."""
+
+        import dataclasses
+
+        import jax.numpy as jnp
+
+        from nm_jax._core.patterns import NM
+        from nm_jax.solvers.base import Solver, order_key
+
+
+        @dataclasses.dataclass(frozen=True)
+        class Toy(Solver):
+            """Keeps the larger of two scores."""
+
+            def supports(self, pattern):
+                return pattern == NM(1, 2)
+
+            def solve(self, scores, pattern):
+                first, second = order_key(scores)
+                return jnp.stack([first >= second, first < second]), None
+        ''',
+    )
+    project.insert("nm_jax/solvers/menu.py", "from nm_jax.solvers.topk", "from nm_jax.solvers.toy import Toy\n")
+    project.insert("nm_jax/solvers/menu.py", "Greedy(),", "Toy(),\n")
+    passed = project.test("Toy", "tests/solvers/test_contract.py")
+    for promise in ("feasible", "brute_force", "nan", "jit_and_vmap", "padding", "half_precision", "static"):
+        assert any(promise in name for name in passed), promise
+
+
+def test_a_pattern(tmp_path):
+    """The recipe in the docstring of `Pattern`."""
+    project = Project(tmp_path)
+    project.insert(
+        "nm_jax/_core/patterns.py",
+        "_PATTERNS:",
+        '''
+        @dataclasses.dataclass(frozen=True)
+        class Toy(Pattern):
+            """One of the two diagonals of every 2 x 2 block is kept."""
+
+            tile = (2, 2)
+            density = 0.5
+
+            def allows(self, kept):
+                return ~((kept[0, 0] | kept[1, 1]) & (kept[0, 1] | kept[1, 0]))
+
+            def full(self, kept):
+                return self.allows(kept) & (jnp.sum(kept, axis=(0, 1)) == 2)
+
+            def __str__(self):
+                return "toy"
+
+
+        ''',
+    )
+    project.insert("tests/helpers.py", "NM(1, 2),", "Toy(),\n")
+    project.insert(
+        "tests/helpers.py",
+        "from nm_jax import NM, SequentialNM, TransposableNM, Unstructured",
+        "from nm_jax._core.patterns import Toy\n",
+    )
+    passed = project.test("toy", "tests/solvers/test_contract.py", "tests/core")
+    for promise in ("feasible", "brute_force", "nan", "jit_and_vmap", "padding", "listed_masks", "promises"):
+        assert any(promise in name and "toy" in name for name in passed), promise
