@@ -70,7 +70,7 @@ class Tiling:
         """The tiling of a pattern; a pattern over the whole leaf gets one tile, in one column."""
         check_axes(axes, shape)
         if pattern.tile is None:
-            return cls(tuple(shape), "i" * len(shape), math.prod(shape), 1)
+            return cls(tuple(shape), "i" * len(shape), max(math.prod(shape), 1), 1)
         return cls(tuple(shape), axes, *pattern.tile)
 
     def _dims(self, letter: str) -> list[int]:

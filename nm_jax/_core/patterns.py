@@ -87,9 +87,10 @@ class Pattern(abc.ABC):
         """The pattern that keeps at most as many (itself, if it does already); `None` if there is none."""
         return None
 
-    def masks(self) -> Bool[np.ndarray, "masks rows cols"] | None:
-        """Every mask of one tile; `None` for tiles of more than 16 entries, or without tiles."""
-        return _every_mask(self)
+    def masks(self, allowed: bool = False) -> Bool[np.ndarray, "masks rows cols"] | None:
+        """Every mask of one tile, or everything that it allows; `None` for tiles of more than 16 entries, or without
+        tiles."""
+        return _every_mask(self, allowed)
 
     def _count(self, tiles: int, size: int, exact: bool) -> int:
         """Number of masks of so many tiles, `size` entries in all: exactly, or by Eq. 2 of the paper."""
@@ -107,13 +108,15 @@ class Pattern(abc.ABC):
 
 
 @functools.cache
-def _every_mask(pattern: Pattern) -> Bool[np.ndarray, "masks rows cols"] | None:
+def _every_mask(pattern: Pattern, allowed: bool) -> Bool[np.ndarray, "masks rows cols"] | None:
     if pattern.tile is None or math.prod(pattern.tile) > _MOST_LISTED:
         return None
     entry = np.arange(math.prod(pattern.tile)).reshape(pattern.tile)
     every = (np.arange(1 << entry.size) >> entry[..., None]) & 1 == 1
     with jax.ensure_compile_time_eval():
-        return np.moveaxis(every[..., np.asarray(pattern.full(jnp.asarray(every)))], -1, 0)
+        return np.moveaxis(
+            every[..., np.asarray((pattern.allows if allowed else pattern.full)(jnp.asarray(every)))], -1, 0
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ frameworks whose axes have two readings are an error, which names all of them an
 import abc
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -53,6 +53,14 @@ class LeafRules(abc.ABC):
     @abc.abstractmethod
     def resolve(self, tree: Any, partial: str) -> "list[Leaf]":
         """What `resolve` returns; a ValueError that names the first difference for another tree."""
+
+
+class KnowsAxes(abc.ABC):
+    """What was read off a model: `verify` takes it as an independent judge of axes."""
+
+    @abc.abstractmethod
+    def known_axes(self) -> Mapping[str, tuple[str | None, str]]:
+        """By path: the axes of a leaf, or `None` and why it has none."""
 
 
 Rules: TypeAlias = (

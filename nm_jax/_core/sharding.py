@@ -1,6 +1,6 @@
 """Computations that take leaves apart, on meshes with explicit axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -36,3 +36,22 @@ def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any) -> Out
 def spec(leaf: Array) -> PartitionSpec:
     """How an array is sharded, as far as its type says it."""
     return jax.typeof(leaf).sharding.spec
+
+
+def by_mesh(arrays: Sequence[Array]) -> list[list[int]]:
+    """Which arrays are on one mesh, as indices: a program of its own for each.
+
+    JAX lets an operation of its own for the partitioner (`custom_partitioning`) see one mesh in a program. Arrays that
+    are traced are in one program already: one group.
+    """
+    groups: dict[Any, list[int]] = {}
+    for k, array in enumerate(arrays):
+        traced = isinstance(array, jax.core.Tracer)
+        groups.setdefault(None if traced else jax.typeof(array).sharding.mesh, []).append(k)
+    return list(groups.values())
+
+
+def meshes(arrays: Iterable[Array]) -> list[Any]:
+    """The different meshes that arrays are on."""
+    found = {jax.typeof(array).sharding.mesh: None for array in arrays}
+    return [mesh for mesh in found if not mesh.empty]

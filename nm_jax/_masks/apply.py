@@ -13,17 +13,20 @@ def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None])
 
     Args:
       params: parameters.
-      masks: a tree of masks with the same paths; `None` where a leaf stays dense.
+      masks: a tree of masks with the same paths; `None` where a leaf, or a whole subtree, stays dense.
 
     Returns:
       A tree like `params`, exact zeros where pruned. Its gradient is zero for pruned entries (hard masking); use
       `nm_jax.ste` for the straight-through one. Works under `jit`, `vmap` and `grad`.
     """
     by_path = leaves_by_path(masks)
+    dense = [path for path, mask in by_path.items() if empty(mask)]
     known = set()
 
     def apply(keys, param):
         path = path_of(keys)
+        if path not in by_path and any(path.startswith(f"{above}/") for above in dense):
+            return param
         if path not in by_path:
             raise ValueError(f"masks has no entry for {path}; compute them for this tree (None for a dense leaf)")
         known.add(path)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
-from nm_jax._masks.leaves import solve_leaves
+from nm_jax._core.sharding import by_mesh
+from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._masks.trees import dense_leaves, fill, leaves_by_path
 from nm_jax._masks.verify import Report, report_leaf
 from nm_jax.solvers import Solver
@@ -52,7 +53,7 @@ def compute_masks(
     weights = [value for leaf, value in zip(leaves, values, strict=True) if isinstance(leaf, SparseLeaf)]
     sparse = tuple(leaf for leaf in leaves if isinstance(leaf, SparseLeaf))
     transform = jnp.abs if scores is None else None
-    solved = _solve_leaves_jit(sparse, _scores(sparse, weights, scores), solver, transform)
+    solved = _solve_compiled(sparse, _scores(sparse, weights, scores), solver, transform)
     for leaf, solution in zip(sparse, solved, strict=True):
         if not isinstance(solution.nan, jax.core.Tracer) and bool(solution.nan):
             raise ValueError(f"{leaf.path}: scores are NaN; find out where they come from before computing masks")
@@ -81,6 +82,14 @@ def _scores(leaves: Sequence[SparseLeaf], weights: list[Array], scores) -> list[
         if jnp.shape(score) != leaf.shape:
             raise ValueError(f"{leaf.path}: scores have shape {jnp.shape(score)}, the parameter has {leaf.shape}")
     return given
+
+
+def _solve_compiled(leaves: Sequence[SparseLeaf], scores: list[Array], solver, transform) -> list[SolvedLeaf]:
+    solved: dict[int, SolvedLeaf] = {}
+    for group in by_mesh(scores):
+        found = _solve_leaves_jit(tuple(leaves[k] for k in group), [scores[k] for k in group], solver, transform)
+        solved |= dict(zip(group, found, strict=True))
+    return [solved[k] for k in range(len(leaves))]
 
 
 _solve_leaves_jit = jax.jit(solve_leaves, static_argnums=(0, 2, 3))

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from nm_jax._core.axes import Tiling
 from nm_jax._core.patterns import Pattern
 from nm_jax._core.rules import SparseLeaf
+from nm_jax._core.sharding import meshes
 from nm_jax.solvers import Proof, Solved, Solver, default_solver, solve_matrices
 
 
@@ -52,6 +53,7 @@ def solve_leaves(
     scores: Sequence[Float[Array, "..."]],
     solver: Solver | None,
     transform: Callable[[Array], Array] | None = None,
+    beside: Sequence[Array] = (),
 ) -> list[SolvedLeaf]:
     """The masks of sparse leaves. Leaves with one pattern share one solve.
 
@@ -60,6 +62,7 @@ def solve_leaves(
       scores: what to keep the most of, one array per leaf.
       solver: solver for all, `None` takes the default for each pattern.
       transform: elementwise function from `scores` to the scores (`jnp.abs`), which saves a copy of them.
+      beside: other arrays of the same program, which may be on another mesh.
 
     Works under `jit` with leaves sharded over a mesh, `vmap` and `shard_map`. Where shards end on the boundaries of
     tiles, no weights move, and masks are those of one device; otherwise a warning names the leaf and the axis, and the
@@ -70,13 +73,29 @@ def solve_leaves(
     tiled = [k for k, leaf in enumerate(leaves) if leaf.pattern.tile is not None]
     whole = [k for k, leaf in enumerate(leaves) if leaf.pattern.tile is None]
     solved: dict[int, SolvedLeaf] = {}
-    for members, solve in ((tiled, _solve_where_they_are), (whole, _solve_here)):
+    gathered = bool(tiled) and _on_several_meshes([*scores, *beside])
+    in_place = _solve_gathered if gathered else _solve_where_they_are
+    for members, solve in ((tiled, in_place), (whole, _solve_here)):
         if members:
             chosen = tuple(leaves[k] for k in members)
             masks, sums = solve(chosen, _Solve(solver, transform), [scores[k] for k in members])
             for k, mask, (*proof, nan) in zip(members, masks, sums, strict=True):
                 solved[k] = SolvedLeaf(mask, nan > 0, Proof(*proof))
     return [solved[k] for k in range(len(leaves))]
+
+
+def _on_several_meshes(arrays: Sequence[Array]) -> bool:
+    """Whether the arrays of a program are on meshes that differ, which a warning then says."""
+    found = meshes(arrays)
+    if len(found) < 2 or any(AxisType.Explicit in mesh.axis_types for mesh in found):
+        return False
+    names = " and ".join(str(mesh.axis_names) for mesh in found)
+    warnings.warn(
+        f"the parameters are on {len(found)} meshes, {names}: inside `jit` leaves are gathered to find their masks; "
+        "use one mesh that has all the axes",
+        stacklevel=3,
+    )
+    return True
 
 
 def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: list[Array]):
@@ -98,6 +117,17 @@ def _solve_where_they_are(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: l
         return _solve_here(leaves, how, scores)
     flat = _partitioned(leaves, how)(*scores)
     return list(flat[: len(leaves)]), list(flat[len(leaves) :])
+
+
+def _solve_gathered(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: list[Array]):
+    """`_solve_here` on whole leaves that are on several meshes: one after the other, never two joined in one array."""
+    solved: dict[int, tuple] = {}
+    for mesh in {jax.typeof(score).sharding.mesh: None for score in scores}:
+        members = [k for k, score in enumerate(scores) if jax.typeof(score).sharding.mesh == mesh]
+        masks, sums = _solve_here(tuple(leaves[k] for k in members), how, [scores[k] for k in members])
+        masks = [mask & jnp.full_like(scores[k], True, dtype=bool) for k, mask in zip(members, masks, strict=True)]
+        solved |= dict(zip(members, zip(masks, sums, strict=True), strict=True))
+    return [solved[k][0] for k in range(len(leaves))], [solved[k][1] for k in range(len(leaves))]
 
 
 def _solve_here(leaves: tuple[SparseLeaf, ...], how: _Solve, scores: Sequence[Array]):

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.axes import check_axes
+from nm_jax._core.paths import empty, located
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.rules import (
     DenseLeaf,
+    KnowsAxes,
     Leaf,
     LeafRules,
     Rule,
     Rules,
     SparseLeaf,
-    empty,
+    check_matches,
     fit,
     parse_rules,
-    path_of,
 )
 from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._model.tracing import LeafTrace, Trace, trace
@@ -57,7 +58,7 @@ class PlannedLeaf:
         """As rules resolve it."""
         if self.pattern is None or self.axes is None:
             return DenseLeaf(self.path, self.shape, self.reason)
-        return SparseLeaf(self.path, self.shape, self.pattern, self.axes)
+        return SparseLeaf(self.path, self.shape, self.pattern, self.axes, f"the plan: {self.op}")
 
     def cells(self, total: int) -> dict[str, str]:
         """The row as it is printed."""
@@ -73,7 +74,7 @@ class PlannedLeaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(LeafRules):
+class Plan(LeafRules, KnowsAxes):
     """What becomes of every parameter of a model. Print it; pass it wherever rules go.
 
     Attributes:
@@ -113,8 +114,8 @@ class Plan(LeafRules):
     def resolve(self, tree: Any, partial: str) -> list[Leaf]:
         if partial not in ("skip", self.partial):
             raise ValueError(f"partial={partial!r}, but the plan was made with {self.partial!r}; give it to `plan`")
-        nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
-        shapes = {path_of(keys): None if empty(node) else jnp.shape(node) for keys, node in nodes}
+        nodes = located(tree, is_leaf=empty)
+        shapes = {node.path: None if empty(node.value) else jnp.shape(node.value) for node in nodes}
         if not shapes:
             return []
         planned = {leaf.path: leaf for leaf in self.leaves}
@@ -132,6 +133,9 @@ class Plan(LeafRules):
         if not any(leaf.pattern for leaf in self.leaves):
             raise ValueError(f"no parameter becomes sparse by this plan:\n{self}")
         return [planned[path].leaf for path, shape in shapes.items() if shape is not None]
+
+    def known_axes(self) -> dict[str, tuple[str | None, str]]:
+        return {leaf.path: (leaf.axes, leaf.reason) for leaf in self.leaves}
 
     def to_json(self) -> str:
         """The plan as a string that `from_json` reads."""
@@ -157,13 +161,25 @@ class Plan(LeafRules):
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a plan that to_json wrote: {error!r}") from None
 
+    def _rows(self) -> list[dict[str, str]]:
+        """The rows of the table: one per parameter that is contracted, and one per kind of the others."""
+        rows = [leaf.cells(max(self.flops, 1)) for leaf in self.leaves if _folded(leaf) is None]
+        kinds: dict[tuple[str, str], list[PlannedLeaf]] = {}
+        for leaf in self.leaves:
+            if (kind := _folded(leaf)) is not None:
+                kinds.setdefault(kind, []).append(leaf)
+        for leaves in kinds.values():
+            cells = leaves[0].cells(max(self.flops, 1))
+            rows.append(cells if len(leaves) == 1 else cells | {"path": f"({len(leaves)} parameters)", "shape": ""})
+        return rows
+
     def __str__(self) -> str:
         sparse = [leaf for leaf in self.leaves if leaf.pattern]
         forward, training = 100 * self.sparse_forward_share, 100 * self.sparse_flops_share
         lines = [
             f"{len(sparse)} of {len(self.leaves)} parameters become sparse: {forward:.1f}% of a forward pass's FLOPs, "
             f"{training:.1f}% of a training step's",
-            *aligned([leaf.cells(max(self.flops, 1)) for leaf in self.leaves]),
+            *aligned(self._rows()),
         ]
         return "\n".join([*lines, *self.remarks])
 
@@ -173,6 +189,11 @@ def _sparse_products(leaf: PlannedLeaf) -> int:
     if leaf.pattern is None:
         return 0
     return sum(groups is not None for groups in (leaf.pattern.contraction_groups, leaf.pattern.output_groups))
+
+
+def _folded(leaf: PlannedLeaf) -> tuple[str, str] | None:
+    """What stands in the table for all parameters of a kind: those that nothing contracts."""
+    return None if leaf.flops or leaf.axes else (leaf.op, leaf.reason)
 
 
 def plan(
@@ -194,9 +215,10 @@ def plan(
       pattern: pattern of every parameter that is contracted and has an output axis.
       rules: `(path regex, pattern or None, optional axes)`: the first whose regex is found in the path decides against
         what was traced and against `first` and `last`. Without axes, those traced are taken.
-      first: pattern of the first layer in the order of use; `None` leaves it dense. Where the model looks up an
-        embedding before its first contraction, the embedding is the first layer.
-      last: the same for the last layer.
+      first: pattern of the first layers, which contract an input or what no other layer has made of it; `None` leaves
+        them dense. Several inputs may have a first layer each; an embedding that is looked up is one itself.
+      last: the same for the last layers, whose results reach an output without passing another layer: of several heads,
+        each.
       partial: parameters whose sizes m does not divide: `"skip"` (they stay dense), `"pad"` or `"error"`.
 
     Returns:
@@ -205,8 +227,9 @@ def plan(
     Raises:
       ValueError: for a rule that matches no path or whose axes do not fit, and for sizes with `partial="error"`.
 
-    Nothing is guessed: a parameter that is only looked up, that is used in conflicting ways, or whose entries cannot be
-    followed stays dense, with the reason in its row. Evaluates nothing; costs one trace of `apply`.
+    Nothing is guessed: a parameter that is only looked up, that is used in conflicting ways, whose entries cannot be
+    followed, or of which a sum with something else is contracted stays dense, with the reason in its row. Evaluates
+    nothing; costs one trace of `apply`.
     """
     default = parse_pattern(pattern)
     if partial not in ("skip", "pad", "error"):
@@ -215,10 +238,7 @@ def plan(
     if isinstance(parsed, Pattern):
         raise ValueError(f"rules must be a list of (regex, pattern, axes), got {rules!r}; the pattern goes in pattern=")
     traced = trace(apply, params, *inputs)
-    for rule in parsed:
-        if not any(re.search(rule.regex, leaf.path) for leaf in traced.leaves):
-            paths = ", ".join(leaf.path for leaf in traced.leaves[:12])
-            raise ValueError(f"the rule {rule.regex!r} matches none of the paths: {paths} ...")
+    check_matches(parsed, [leaf.path for leaf in traced.leaves])
     ends = _ends(traced, first, last)
     nodes = jax.tree.leaves(params)
     rows = [
@@ -233,17 +253,9 @@ def plan(
 
 
 def _ends(traced: Trace, first: str | Pattern | None, last: str | Pattern | None) -> dict[str, Rule]:
-    """Rules for the first and the last layer, by path."""
-    contracted = [leaf for leaf in traced.leaves if leaf.contractions]
-    if not contracted:
-        return {}
-    opening = min(contracted, key=lambda leaf: leaf.contractions[0].order)
-    closing = max(contracted, key=lambda leaf: leaf.contractions[-1].order)
-    ends = {closing.path: Rule("last layer", None if last is None else parse_pattern(last))}
-    start = opening.contractions[0].order
-    if not any(use.op == "gather" and use.order < start for leaf in traced.leaves for use in leaf.uses):
-        ends[opening.path] = Rule("first layer", None if first is None else parse_pattern(first))
-    return ends
+    """Rules for the first and the last layers, by path."""
+    ends = dict.fromkeys(traced.last, Rule("last layer", None if last is None else parse_pattern(last)))
+    return ends | dict.fromkeys(traced.first, Rule("first layer", None if first is None else parse_pattern(first)))
 
 
 def _asked(leaf: LeafTrace, rules: Sequence[Rule], ends: dict[str, Rule], default: Pattern) -> tuple[Rule, str]:

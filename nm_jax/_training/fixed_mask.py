@@ -1,13 +1,16 @@
 """Training with a mask that stays: plain optax on the kept entries, without a dense copy."""
 
+import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
-from nm_jax._training.inner import refuse_line_searches
+from nm_jax._training.drift import drifted
+from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.sparse_leaves import SparseLeaves
-from nm_jax._training.state import SparseTrainingState
+from nm_jax._training.state import SparseTrainingState, check_call
 
 
 def fixed_mask(
@@ -30,19 +33,32 @@ def fixed_mask(
         return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), None, stats, inner_state)
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("sparse_training needs the parameters: call tx.update(grads, opt_state, params)")
+        check_call(state, params)
         sparse = SparseLeaves.of(params, rules, partial)
         weights, masks = sparse.take(params), sparse.stored(state.masks, "masks")
         step = state.step + 1
+        drift = drifted(step, weights, lambda: map(_kept, masks, weights), state.stats.drift)
 
-        gradients = [jnp.where(mask, g, 0) for mask, g in zip(masks, sparse.take(updates), strict=True)]
-        changes, inner_state = inner.update(sparse.put(updates, gradients), state.inner, params, **extra_args)
+        gradients = [
+            None if gradient is None else _kept(mask, gradient)
+            for mask, gradient in zip(masks, sparse.take(updates), strict=True)
+        ]
+        changes, inner_state = inner.update(
+            sparse.put(updates, gradients), state.inner, params, **not_to_be_called(extra_args)
+        )
 
-        steps = [change.astype(w.dtype) for w, change in zip(weights, sparse.take(changes), strict=True)]
+        steps = [
+            jnp.zeros_like(w) if change is None else change.astype(w.dtype)
+            for w, change in zip(weights, sparse.take(changes), strict=True)
+        ]
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
-        masks, stats = refresh(step, sparse.leaves, moved, masks, state.stats)
+        stats = state.stats._replace(drift=drift)
+        masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
         kept = [jnp.where(mask, change, -w) for mask, change, w in zip(masks, steps, weights, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(step, sparse.only(masks), None, stats, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept(mask: Bool[Array, "*shape"], value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(mask, value, 0)

@@ -1,9 +1,11 @@
 """What the state of an optimiser says of sparse training: masks, dense weights, statistics."""
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.nonzero import nonzero
@@ -12,13 +14,36 @@ from nm_jax._masks.trees import leaves_by_path
 from nm_jax._training.state import RefreshStats, SparseTrainingState
 
 
-def masks(opt_state: Any) -> PyTree[Bool[Array, "..."] | None]:
+def masks(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[Bool[Array, "..."] | None]:
     """The masks in an optimiser state, however deep `sparse_training` sits in it (`chain`, `multi_transform`, ...).
 
+    Args:
+      opt_state: state of an optimiser that has `sparse_training` in it.
+      params: the parameters, for a tree that is exactly like them. Without, one `None` may stand for a whole subtree
+        that `optax.masked` or `multi_transform` kept away, because its structure is not in the state; `apply_masks`
+        takes that too.
+
     Returns:
-      A tree like the parameters, True = kept, `None` for a leaf that is dense.
+      A tree like the parameters, True = kept, `None` for a leaf that is dense. No copies; works under `jit`.
+
+    Raises:
+      ValueError: for a state without `sparse_training`, or one of other parameters.
+
+    Warns:
+      UserWarning: where a transformation around `sparse_training` (`optax.lookahead`, `optax.contrib.sam`, `mechanize`,
+        `schedule_free`) moves the parameters off their pattern. So do the other functions that read a state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.zeros(4)}
+      >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
+      >>> nm.masks(opt_state)["kernel"][:, 0].tolist()  # the largest of each column are kept
+      [False, False, True, True]
+      >>> nm.masks(opt_state)["bias"] is None
+      True
     """
-    return _hollow(_merge([state.masks for state in _states(opt_state)]))
+    merged = _hollow(_merge([state.masks for state in _states(opt_state)]))
+    return merged if params is None else _like(params, merged, "a mask")
 
 
 def dense_params(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[Array | None]:
@@ -30,10 +55,25 @@ def dense_params(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[
 
     Returns:
       A tree like the parameters, at least float32 for sparse ones; `None` for leaves without a dense copy when
-      `params` is not given.
+      `params` is not given. No copies; works under `jit`.
+
+    Raises:
+      ValueError: with a fixed mask, which has no dense copy; for a state without `sparse_training`, or one of other
+        parameters.
 
     An exponential moving average is sparse when it is taken of these and masked at the end:
     `nm.apply_masks(ema_of_dense, nm.masks(opt_state))`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.zeros(4)}
+      >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
+      >>> nm.dense_params(opt_state)["kernel"][:, 0].tolist()
+      [0.0, 4.0, 8.0, 12.0]
+      >>> average = nm.dense_params(opt_state, params)
+      >>> average = optax.incremental_update(nm.dense_params(opt_state, params), average, step_size=0.1)
+      >>> nm.verify(nm.apply_masks(average, nm.masks(opt_state)), "2:4").ok
+      True
     """
     states = _states(opt_state)
     if all(state.dense is None for state in states):
@@ -41,13 +81,8 @@ def dense_params(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[
     dense = _hollow(_merge([state.dense for state in states]))
     if params is None:
         return dense
-    by_path = leaves_by_path(dense)
-
-    def pick(keys, param):
-        stored = by_path.get(path_of(keys))
-        return param if stored is None else stored
-
-    return jax.tree_util.tree_map_with_path(pick, params)
+    stored = _like(params, dense, "dense weights")
+    return jax.tree.map(lambda param, weight: param if weight is None else weight, params, stored)
 
 
 def sparse_params(opt_state: Any, params: PyTree[Array]) -> PyTree[Array]:
@@ -55,19 +90,31 @@ def sparse_params(opt_state: Any, params: PyTree[Array]) -> PyTree[Array]:
 
     Start a loop from it, and its very first gradient is taken at sparse parameters. It also takes back a step that is
     in the parameters but not yet in the state.
+
+    Args:
+      opt_state: state of an optimiser that has `sparse_training` in it.
+      params: the parameters.
+
+    Returns:
+      A tree like `params`. Works under `jit`.
+
+    Raises:
+      ValueError: for a state without `sparse_training`, or one of other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
+      >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
+      >>> nm.sparse_params(opt_state, params)["kernel"][:, 0].tolist()
+      [0.0, 0.0, 8.0, 12.0]
     """
-    by_mask = leaves_by_path(masks(opt_state))
     fixed = all(state.dense is None for state in _states(opt_state))
-    by_dense = {} if fixed else leaves_by_path(dense_params(opt_state))
+    weights = params if fixed else dense_params(opt_state, params)
 
-    def value(keys, param):
-        mask = by_mask.get(path_of(keys))
-        if mask is None:
-            return param
-        dense = by_dense.get(path_of(keys))
-        return jnp.where(mask, param if dense is None else dense.astype(param.dtype), 0)
+    def value(param, mask, weight):
+        return param if mask is None else jnp.where(mask, weight.astype(param.dtype), 0)
 
-    return jax.tree_util.tree_map_with_path(value, params)
+    return jax.tree.map(value, params, masks(opt_state, params), weights)
 
 
 def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
@@ -81,12 +128,27 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
       params: the edited parameters.
 
     Returns:
-      A state of the same structure.
+      A state of the same structure, whose `RefreshStats.drift` is 0. Works under `jit`.
+
+    Raises:
+      ValueError: for a state without `sparse_training`, or one of other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
+      >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
+      >>> params = {"kernel": jnp.clip(nm.sparse_params(opt_state, params)["kernel"], max=10.0)}
+      >>> opt_state = nm.with_params(opt_state, params)
+      >>> nm.dense_params(opt_state)["kernel"][:, 0].tolist()
+      [0.0, 4.0, 8.0, 10.0]
     """
     edited = leaves_by_path(params)
 
     def reseed(state):
-        if not isinstance(state, SparseTrainingState) or state.dense is None:
+        if not isinstance(state, SparseTrainingState):
+            return state
+        state = state._replace(stats=state.stats._replace(drift=jax.tree.map(jnp.zeros_like, state.stats.drift)))
+        if state.dense is None:
             return state
         kept = leaves_by_path(state.masks)
 
@@ -108,28 +170,84 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
 def refresh_stats(opt_state: Any) -> RefreshStats:
     """What the last refresh did, per sparse leaf, in the order of the leaves of the parameters.
 
-    With several states (`optax.multi_transform`) one after the other. Scalars for logging under `jit`:
-    `refresh_stats(opt_state).flip_rate.mean()`.
+    With several states (`optax.multi_transform`) one after the other.
+
+    Args:
+      opt_state: state of an optimiser that has `sparse_training` in it.
+
+    Returns:
+      Arrays with one entry per sparse leaf. For logging, under `jit` too: `refresh_stats(opt_state).flip_rate.mean()`.
+
+    Raises:
+      ValueError: for a state without `sparse_training`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
+      >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
+      >>> stats = nm.refresh_stats(opt_state)
+      >>> stats.flip_rate.tolist(), stats.drift.tolist(), round(float(stats.retained[0]), 3)
+      ([0.0], [0.0], 0.767)
     """
     found = [state.stats for state in _states(opt_state)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
+def _like(params: PyTree, tree: PyTree, what: str) -> PyTree:
+    """A tree of a state, with the structure of the parameters and `None` where it has nothing.
+
+    Raises:
+      ValueError: for an entry without a parameter, or of another shape.
+    """
+    entries = {path: entry for path, entry in leaves_by_path(tree).items() if not empty(entry)}
+
+    def entry_of(keys, param):
+        path = path_of(keys)
+        entry = entries.pop(path, None)
+        if entry is not None and entry.shape != jnp.shape(param):
+            raise ValueError(f"{path}: the state has {what} of shape {entry.shape}, params has {jnp.shape(param)}")
+        return entry
+
+    found = jax.tree_util.tree_map_with_path(entry_of, params)
+    for path in entries:
+        raise ValueError(f"the state has {what} for {path}, which is not among params; give the tree that init had")
+    return found
+
+
+# States of optax's transformations that move the parameters themselves, past what is inside them.
+_MOVERS = (
+    optax.LookaheadState,
+    optax.contrib.MechanicState,
+    optax.contrib.SAMState,
+    optax.contrib.ScheduleFreeState,
+)
+
+
 def _states(opt_state: Any) -> list[SparseTrainingState]:
     """All states of `sparse_training` in the state of any optimiser, as plain arrays."""
-
-    def ours(node):
-        return isinstance(node, SparseTrainingState)
-
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=ours) if ours(node)]
+    found = _all_of(SparseTrainingState, opt_state)
     if not found:
         raise ValueError("this optimiser state holds no state of sparse_training; was tx.init called on it?")
+    for outer in _all_of(_MOVERS, opt_state):
+        # With a fixed mask what they do, sums and averages of sparse weights, has the pattern.
+        if any(state.dense is not None for state in _all_of(SparseTrainingState, outer)):
+            warnings.warn(
+                f"{type(outer).__name__} is around sparse_training: it moves the parameters off their pattern, and "
+                "the next update undoes what it did; put it inside (optax.lookahead: use a fixed mask)",
+                stacklevel=3,
+            )
 
     # Flax NNX wraps every array of an optimiser state in a Variable.
     def wrapped(node):
         return hasattr(node, "get_value")
 
     return [jax.tree.map(lambda n: n.get_value() if wrapped(n) else n, state, is_leaf=wrapped) for state in found]
+
+
+def _all_of(kind: Any, tree: PyTree) -> list[Any]:
+    """The outermost nodes of a tree that are of a class."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 def _merge(trees: list[PyTree]) -> PyTree:

@@ -1,17 +1,21 @@
 """When masks are found anew, and what that changed."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.rules import SparseLeaf
+from nm_jax._core.sharding import by_mesh
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._training.state import RefreshStats
 from nm_jax.solvers import Proof, Solver
+from nm_jax.solvers.base import blank
 
 Masks = list[Bool[Array, "..."]]
 Weights = list[Float[Array, "..."]]
@@ -41,23 +45,35 @@ class Refresh:
         Raises:
           ValueError: for NaN among concrete weights.
         """
-        if self.begin_step > 0:
+        if self.begin_step > 0 or not leaves:
             masks = [jnp.ones(leaf.shape, bool) for leaf in leaves]
             return masks, _stats(masks, masks, dense, None)
 
-        @jax.jit
-        def find(dense):
+        @functools.partial(jax.jit, static_argnums=0)
+        def find(leaves, dense):
             masks, solved = self._find(leaves, dense)
             return masks, _stats(masks, masks, dense, solved)
 
-        masks, stats = find(dense)
+        groups = by_mesh(dense)
+        parts = [find(tuple(leaves[k] for k in group), [dense[k] for k in group]) for group in groups]
+        order = [k for group in groups for k in group]
+        found = dict(zip(order, [mask for part, _ in parts for mask in part], strict=True))
+        masks = [found[k] for k in range(len(leaves))]
+        stats = jax.tree.map(lambda *values: jnp.concatenate(values)[np.argsort(order)], *[stats for _, stats in parts])
         _raise_for_nan(leaves, stats)
         return masks, stats
 
     def __call__(
-        self, step: Int[Array, ""], leaves: Sequence[SparseLeaf], dense: Weights, masks: Masks, stats: RefreshStats
+        self,
+        step: Int[Array, ""],
+        leaves: Sequence[SparseLeaf],
+        dense: Weights,
+        masks: Masks,
+        stats: RefreshStats,
+        beside: Sequence[Array],
     ) -> tuple[Masks, RefreshStats]:
-        """The masks and their statistics after update number `step`: new ones when they are due.
+        """The masks and their statistics after update number `step`: new ones when they are due. `beside`: the other
+        arrays of the program.
 
         A loop of no turn or one: unlike the branches of `lax.cond`, it leaves masks that stay where they are (XLA would
         copy them, twice, on every step). Nothing in it has a gradient; an update as a whole still does.
@@ -69,8 +85,8 @@ class Refresh:
 
         def find(carry):
             _, old, _ = carry
-            found, solved = self._find(leaves, frozen)
-            return jnp.zeros((), bool), found, _stats(old, found, frozen, solved)
+            found, solved = self._find(leaves, frozen, beside)
+            return jnp.zeros((), bool), found, _stats(old, found, frozen, solved)._replace(drift=stats.drift)
 
         _, masks, stats = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats))
         return masks, stats
@@ -82,11 +98,13 @@ class Refresh:
         due = (step >= self.begin_step) & ((step - self.begin_step) % self.every == 0)
         return due if self.end_step is None else due & (step <= self.end_step)
 
-    def _find(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, list[SolvedLeaf]]:
+    def _find(
+        self, leaves: Sequence[SparseLeaf], dense: Weights, beside: Sequence[Array] = ()
+    ) -> tuple[Masks, list[SolvedLeaf]]:
         if self.scores is None:
-            solved = solve_leaves(leaves, dense, self.solver, transform=jnp.abs)
+            solved = solve_leaves(leaves, dense, self.solver, jnp.abs, beside)
         else:
-            solved = solve_leaves(leaves, [self.scores(weight) for weight in dense], self.solver)
+            solved = solve_leaves(leaves, [self.scores(weight) for weight in dense], self.solver, None, beside)
         return [s.mask for s in solved], solved
 
 
@@ -101,11 +119,13 @@ def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | No
 
     proofs = [Proof.none(jnp.float32(0)) for _ in new] if solved is None else [s.proof for s in solved]
     nans = [jnp.any(jnp.isnan(d)) for d in dense] if solved is None else [s.nan for s in solved]
+    flip_rate = each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new)
     return RefreshStats(
-        flip_rate=each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new),
+        flip_rate=flip_rate,
         retained=each(retained, new, dense),
         proof=Proof(*[each(lambda proof, k=k: proof[k], proofs) for k in range(len(Proof._fields))]),
         nan=each(lambda nan: nan, nans, dtype=bool),
+        drift=blank(flip_rate.shape, jnp.float32, flip_rate),
     )
 
 

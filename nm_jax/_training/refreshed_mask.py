@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
-from nm_jax._training.inner import refuse_line_searches
+from nm_jax._training.drift import drifted
+from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.sparse_leaves import SparseLeaves
-from nm_jax._training.state import SparseTrainingState
+from nm_jax._training.state import SparseTrainingState, check_call
 from nm_jax._training.straight_through import sr_ste_term
 
 
@@ -20,20 +22,30 @@ class _Weight:
 
     Attributes:
       param: what the model has now.
-      gradient: what the loop found there.
+      gradient: what the loop found there; `None` for a frozen weight.
       mask: True = kept.
       dense: the dense weight behind it.
     """
 
     param: Float[Array, "*shape"]
-    gradient: Float[Array, "*shape"]
+    gradient: Float[Array, "*shape"] | None
     mask: Bool[Array, "*shape"]
     dense: Float[Array, "*shape"]
 
-    def dense_gradient(self, decay: float) -> Float[Array, "*shape"]:
-        """The straight-through gradient, with the decay of what is pruned."""
+    def expected(self) -> Float[Array, "*shape"]:
+        """What the update before left of the parameter, up to rounding."""
+        return jnp.where(self.mask, self.dense, 0)
+
+    def dense_gradient(self, decay: float) -> Float[Array, "*shape"] | None:
+        """The straight-through gradient, with the decay of what is pruned; none for a frozen weight."""
+        if self.gradient is None:
+            return None
         gradient = self.gradient.astype(self.dense.dtype)
         return gradient + sr_ste_term(self.dense, self.mask, decay) if decay else gradient
+
+    def moved(self, step: Float[Array, "*shape"] | None) -> Float[Array, "*shape"]:
+        """The dense weight after a step of the optimiser."""
+        return self.dense if step is None else (self.dense + step).astype(self.dense.dtype)
 
     def change(self, mask: Bool[Array, "*shape"], dense: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """What takes the parameter to `mask * dense`, in its own dtype."""
@@ -63,20 +75,23 @@ def refreshed_mask(
         return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state)
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("sparse_training needs the parameters: call tx.update(grads, opt_state, params)")
+        check_call(state, params)
         sparse = SparseLeaves.of(params, rules, partial)
         masks, stored = sparse.stored(state.masks, "masks"), sparse.stored(state.dense, "dense weights")
         weights = [
             _Weight(*parts) for parts in zip(sparse.take(params), sparse.take(updates), masks, stored, strict=True)
         ]
         step = state.step + 1
+        drift = drifted(step, sparse.take(params), lambda: [w.expected() for w in weights], state.stats.drift)
 
         gradients = sparse.put(updates, [w.dense_gradient(decay) for w in weights])
-        changes, inner_state = inner.update(gradients, state.inner, sparse.put(params, stored), **extra_args)
+        changes, inner_state = inner.update(
+            gradients, state.inner, sparse.put(params, stored), **not_to_be_called(extra_args)
+        )
 
-        moved = [(w.dense + u).astype(w.dense.dtype) for w, u in zip(weights, sparse.take(changes), strict=True)]
-        masks, stats = refresh(step, sparse.leaves, moved, masks, state.stats)
+        moved = [w.moved(change) for w, change in zip(weights, sparse.take(changes), strict=True)]
+        stats = state.stats._replace(drift=drift)
+        masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
         kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(
             step, sparse.only(masks), sparse.only(moved), stats, inner_state

@@ -35,15 +35,19 @@ def sparse_training(
     1. adds the SR-STE term `decay * (1 - mask) * dense` to it,
     2. lets `inner` update the dense weights, in at least float32,
     3. refreshes the masks from them when due,
-    4. returns `mask * dense - params` in the params' dtype: zeros are exact, kept entries within one rounding of the
-       dense weights, and errors do not accumulate.
+    4. returns `mask * dense - params` in the params' dtype.
 
-    Evaluation, checkpoints and sparse kernels always see sparse weights. Start the loop from
+    Once it is applied, zeros are exact. A kept entry is the dense weight rounded to the params' dtype where the update
+    changed it by less than a factor of two; after a larger step it is off by one more rounding, of the step. Errors do
+    not accumulate. Evaluation, checkpoints and sparse kernels always see sparse weights. Start the loop from
     `nm.sparse_params(opt_state, params)` to have that for the very first gradient too.
+
+    A sparse leaf whose gradient is `None` is frozen: its weight and its mask stay.
 
     Args:
       inner: any optax optimiser that does not evaluate the loss itself.
-      rules: a pattern such as `"2:4-T"`, or `(path regex, pattern or None, optional axes)` (see `nm_jax.rules`).
+      rules: a pattern such as `"2:4-T"`, or `(path regex, pattern or None, optional axes)`; a `Plan`
+        (`nm.plan`) is safest. Axes letters: i contraction, o output, b batch.
       refresh_every: updates between two refreshes; 40 in the paper. `None`: the mask is found once and stays (the
         paper's retraining of a pretrained network). No dense copy is kept then, and gradients are masked before
         `inner`.
@@ -64,12 +68,39 @@ def sparse_training(
       - Make it the *last* link of `optax.chain`: what follows would scale or clip `mask * dense - params`. Clipping,
         weight decay, schedules and `optax.inject_hyperparams` go inside; gradients are unscaled before.
       - `optax.MultiSteps`, `apply_if_finite`, `masked` and `multi_transform` go outside.
-      - Line searches evaluate the loss at dense points along a line: they are refused.
+      - What moves the parameters itself, past what is inside it, goes inside: `optax.contrib.sam`, `mechanize`,
+        `schedule_free`. Around it they leave the pattern, and so does `optax.lookahead`, which is fine around a fixed
+        mask. `update` refuses those that do arithmetic on its state; of the others the functions that read the state
+        warn, and `nm.refresh_stats(opt_state).drift` shows any that moved the parameters.
+        `optax.contrib.schedule_free_eval_params(opt_state, params)` is sparse when a schedule-free optimiser is
+        directly inside.
+      - What evaluates the loss inside (line searches, `sam` in opaque mode, Sophia) would do so at dense weights: it is
+        refused. `update` passes extra arguments on, with functions that raise when they are called.
 
     Raises:
       ValueError: from this function for wrong arguments; from `init` for rules that do not fit the parameters (and for
-        NaN among concrete ones); from `update` without params, for a tree other than the state's, and for line
-        searches.
+        NaN among concrete ones) and for line searches; from `update` without params, for the state of another optimiser
+        or of another tree, and for an inner transformation that evaluates the loss.
+
+    Source: Hubara et al., NeurIPS 2021, Sections 3 and 4; SR-STE: Zhou et al., ICLR 2021.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+      >>> x = jax.random.normal(jax.random.key(1), (16, 8))
+      >>> loss = lambda params: jnp.mean((x @ params["kernel"] - x) ** 2)
+      >>> tx = nm.sparse_training(optax.adam(0.02), "2:4", refresh_every=5)
+      >>> opt_state = tx.init(params)
+      >>> params = nm.sparse_params(opt_state, params)
+      >>> start = loss(params)
+      >>> @jax.jit
+      ... def step(params, opt_state):
+      ...     updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+      ...     return optax.apply_updates(params, updates), opt_state
+      >>> for _ in range(20):
+      ...     params, opt_state = step(params, opt_state)
+      >>> nm.verify(params, "2:4").ok, bool(loss(params) < start)
+      (True, True)
     """
     parse_rules(rules)
     if refresh_every is not None and refresh_every < 1:

@@ -48,6 +48,17 @@ def save_checkpoint(
       OSError: if the file exists or cannot be written.
 
     Everything is gathered to the host.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> params = {"Dense_0": {"kernel": np.tile(np.eye(4, dtype=np.float32), (2, 1)), "bias": np.ones(4, np.float32)}}
+      >>> nm.save_checkpoint(path, params, "1:4-T", packed=True)
+      >>> loaded, masks = nm.load_checkpoint(path, like=params)
+      >>> bool((loaded["Dense_0"]["kernel"] == params["Dense_0"]["kernel"]).all())
+      True
     """
     leaves = resolve(params, rules, partial)
     arrays = {leaf.path: np.asarray(array) for leaf, array in zip(leaves, jax.tree.leaves(params), strict=True)}
@@ -117,6 +128,18 @@ def load_checkpoint(path: str | os.PathLike, like: Any = None) -> tuple[PyTree[n
       FormatError: if a file is damaged.
       ValueError: if the checkpoint has no tensor for a path of `like`, or one of another shape.
       OSError: if a file cannot be read.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> nm.save_checkpoint(path, {"w": np.eye(4, dtype=np.float32), "b": np.ones(2, np.float32)}, [("w", "1:4")])
+      >>> params, masks = nm.load_checkpoint(path)
+      >>> sorted(params), int(masks["w"].sum()), masks["b"]
+      (['b', 'w'], 4, None)
+      >>> nm.load_checkpoint(path, like={"w": params["w"]})[0]["w"][0]
+      array([1., 0., 0., 0.], dtype=float32)
     """
     checkpoint = Checkpoint(path)
     if like is None:

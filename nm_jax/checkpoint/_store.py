@@ -46,6 +46,21 @@ class Checkpoint:
     Raises:
       FormatError: if any of the files is not valid, or they do not fit each other.
       OSError: if they cannot be read.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> nm.save_checkpoint(path, {"w": np.eye(4, dtype=np.float32), "b": np.ones(2, np.float32)}, [("w", "1:4")])
+      >>> checkpoint = nm.Checkpoint(path)
+      >>> {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(checkpoint.tensors.items())}
+      {'b': ('F32', (2,)), 'w': ('F32', (4, 4))}
+      >>> str(checkpoint.records["w"].pattern)
+      '1:4'
+      >>> values, mask = checkpoint.tensors["w"].read()
+      >>> values[0]
+      array([1., 0., 0., 0.], dtype=float32)
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -72,7 +72,19 @@ _Value = TypeVar("_Value")
 
 
 class FormatError(ValueError):
-    """A file is not what it should be. The message names the file, and says what to do."""
+    """A file is not what it should be. The message names the file, and says what to do.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import nm_jax as nm
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.bin"
+      >>> _ = path.write_bytes(b"PK\\x03\\x04" + bytes(100))
+      >>> try:
+      ...     nm.Checkpoint(path)
+      ... except nm.FormatError as error:
+      ...     print(str(error).removeprefix(f"{path}: ")[:44])
+      not a safetensors file; it is a zip archive,
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,9 +65,20 @@ def solve_matrices(
     for score in scores:
         check_scores(score)
     transform = transform or (lambda x: x)
+    if any(not score.size for score in scores):  # nothing to solve
+        some = [k for k, score in enumerate(scores) if score.size]
+        found = iter(solve_matrices([scores[k] for k in some], [tilings[k] for k in some], pattern, solver, transform))
+        return [next(found) if score.size else _nothing(score) for score in scores]
+    if not scores:
+        return []
     if pattern.tile is None or pattern.tile[1] == 1:  # solved by a few elementwise passes, which need no slabs
         return [_solve_at_once(transform(s), t, pattern, solver) for s, t in zip(scores, tilings, strict=True)]
     return _Slabs(scores, tilings, *pattern.tile, transform).solve(pattern, solver)
+
+
+def _nothing(score: Array) -> Solved:
+    zero = blank((), jnp.float32, score)
+    return Solved(blank(score.shape, bool, score), Proof(*(zero for _ in Proof._fields)), zero)
 
 
 def _solve_at_once(scores, tiling: Tiling, pattern, solver) -> Solved:
@@ -115,7 +126,7 @@ class _Slabs:
     def __init__(self, scores: Sequence[Array], tilings: Sequence[Tiling], rows: int, cols: int, transform: Callable):
         self.tilings, self.transform = tilings, transform
         self.rows, self.cols, self.like = rows, cols, scores[0]
-        self.dtype = functools.reduce(jnp.promote_types, [s.dtype for s in scores], jnp.float32)
+        self.dtype = jnp.float64 if any(s.dtype.itemsize == 8 for s in scores) else jnp.float32
         widest = max(-(-t.matrix_shape[2] // cols) for t in tilings)
         target = max(_SLAB_ENTRIES // (rows * cols), widest)
 
@@ -175,6 +186,7 @@ class _Slabs:
             slabs += self.pool_slabs
 
         def slab(k, carry):
+            k = jnp.asarray(k, jnp.int32)  # a Python integer under `jax.disable_jit`
             # Scalars that the compiler sees: an operation of the partitioner may not hold constant arrays.
             which = functools.reduce(jnp.add, [(k >= begin).astype(jnp.int32) for begin in begins]) - 1
             begin = functools.reduce(jnp.maximum, [jnp.where(k >= begin, begin, 0) for begin in begins])

@@ -59,8 +59,24 @@ class Solver(abc.ABC):
     ) -> tuple[Bool[Array, "rows cols *tiles"], Proof | None]:
         """The mask of every tile, for float32 or float64 scores of a supported pattern, and what is proved of it.
 
-        Scores may hold infinities and NaN: `replace_nonfinite` makes them finite. A solver without a bound proves
-        nothing and says `None`; with one it says `unproved`, `gap` and `rounding`, the scale is filled in."""
+        Scores may hold infinities and NaN: `well_scaled` makes them finite. A solver without a bound proves nothing and
+        says `None`; with one it says `unproved`, `gap` and `rounding`, the scale is filled in."""
+
+    def solve_edges(
+        self, scores: Float[Array, "rows cols *tiles"], valid: Bool[Array, "rows cols *tiles"], pattern: Pattern
+    ) -> tuple[Bool[Array, "rows cols *tiles"], Proof | None]:
+        """The masks of tiles at the edge of a matrix, where what is not `valid` is not there.
+
+        max sum(mask * scores)  such that  pattern.allows(mask), and nothing that is not there is kept
+
+        Where the pattern has a relaxed one, it is solved for that. Otherwise what is not there counts as the lowest
+        score of its tile: such a mask is allowed, but need not be the optimum, and nothing is proved of it.
+        """
+        if pattern.relaxed is not None and self.supports(pattern.relaxed):
+            mask, proof = self.solve(jnp.where(valid, scores, -jnp.inf), pattern.relaxed)
+        else:
+            mask, proof = self.solve(jnp.where(valid, scores, jnp.nan), pattern)[0], None
+        return mask & valid, proof
 
     def __call__(
         self,
@@ -74,7 +90,8 @@ class Solver(abc.ABC):
           scores: what to keep the most of, used as given, negatives included. Any float dtype. An entry at infinity
             is kept (at minus infinity, pruned) if any mask does so, and NaN counts as the lowest score of its tile.
           pattern: a pattern that the solver supports.
-          valid: False where a tile is padding, which is never kept: such a tile holds at most n.
+          valid: False where a tile is padding: nothing is there, so nothing is kept. Such a tile holds at most n of
+            what is there, and negative scores are worth no place in it.
 
         Raises:
           ValueError: if the solver does not support the pattern, or the scores do not have its tiles' shape.
@@ -91,15 +108,27 @@ class Solver(abc.ABC):
 def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
     if scores.dtype.itemsize < 4:
         scores = scores.astype(jnp.float32)
-    nan = _nan_tiles(scores)
     if valid is not None:
-        scores = jnp.where(valid, scores, jnp.nan)  # padding counts as the lowest score of its tile
-    mask, proof = solver.solve(scores, pattern)
+        scores = jnp.where(valid, scores, 0)
+    mask, proof = _with_proof(solver.solve(scores, pattern), scores)
     if valid is not None:
-        mask = mask & valid
+        edge = ~jnp.all(valid, axis=(0, 1))
+
+        def choose(at_edge, inside):
+            return jnp.where(edge.reshape((1,) * (inside.ndim - edge.ndim) + edge.shape), at_edge, inside)
+
+        def solve_edges():
+            found = _with_proof(solver.solve_edges(scores, valid, pattern), scores)
+            return jax.tree.map(choose, found, (mask, proof))
+
+        mask, proof = jax.lax.cond(jnp.any(edge), solve_edges, lambda: (mask, proof))
     objective = _objective(mask, scores)
-    proof = Proof.none(objective) if proof is None else proof
-    return Solution(mask, objective, nan, proof._replace(scale=jnp.abs(objective)))
+    return Solution(mask, objective, _nan_tiles(scores), proof._replace(scale=jnp.abs(objective)))
+
+
+def _with_proof(found: tuple[Array, Proof | None], scores: Array) -> tuple[Array, Proof]:
+    mask, proof = found
+    return mask, Proof.none(scores[0, 0]) if proof is None else proof
 
 
 def _nan_tiles(scores: Float[Array, "rows cols *tiles"]) -> Bool[Array, "*tiles"]:
@@ -133,67 +162,48 @@ def _objective(
     return jax.lax.fori_loop(0, rows, add_row, blank(scores.shape[2:], scores.dtype, scores))
 
 
-def replace_nonfinite(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
-    """Finite scores with the same order of preference.
-
-    NaN becomes the lowest finite score of its tile. Infinities go just far enough beyond the finite scores that no
-    exchange of these (it changes at most two entries a row) outweighs one of them: farther out they would swamp the
-    others in fixed point.
-    """
-    # A loop that hardly ever runs: unlike the branches of a `cond`, it passes the scores on.
-    return jax.lax.while_loop(lambda s: ~jnp.all(jnp.isfinite(s)), _replace, scores)
-
-
-def _replace(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
-    most = jnp.finfo(scores.dtype).max
-    finite = jnp.isfinite(scores)
-    low = jnp.min(jnp.where(finite, scores, most), axis=(0, 1), keepdims=True)
-    high = jnp.max(jnp.where(finite, scores, -most), axis=(0, 1), keepdims=True)
-    none = low > high
-    low, high = jnp.where(none, 0, low), jnp.where(none, 0, high)
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    reach = jnp.where(largest > 0, 2 * scores.shape[0] * largest, 1)
-    scores = jnp.where(scores == jnp.inf, jnp.minimum(high + reach, most), scores)
-    scores = jnp.where(scores == -jnp.inf, jnp.maximum(low - reach, -most), scores)
-    return jnp.where(jnp.isnan(scores), low, scores)
-
-
-def well_scaled(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
-    """Finite scores with the same optima, whose sums over a tile neither overflow nor vanish.
+def well_scaled(
+    scores: Float[Array, "rows cols *tiles"],
+) -> tuple[Float[Array, "rows cols *tiles"], Int[Array, "*tiles"]]:
+    """Finite scores with the same optima, whose sums over a tile neither overflow nor vanish; and e, where they are
+    the scores divided by 2^e.
 
     Where there is an infinity or NaN, or a score that is very small or large, each tile is scaled by a power of two so
-    that its largest finite score is between 1/4 and 1 (less if all are subnormal). Infinities then go beyond what any
-    exchange of finite scores is worth, NaN to the lowest score of its tile.
+    that its largest finite score is between 1/2 and 1 (less if all are subnormal). Infinities then go just far enough
+    beyond the finite scores that no exchange of these (it changes at most two entries a row) outweighs one of them:
+    farther out they would swamp the others in fixed point. NaN becomes the lowest finite score of its tile.
     """
-    if not scores.size:
-        return scores
     bias, top = _layout(scores.dtype)
     raw = _raw(scores)
     magnitude = raw & jnp.iinfo(raw.dtype).max
     wild = jnp.any((magnitude >> top > bias + 100) | ((magnitude > 0) & (magnitude >> top < bias - 100)))
     # A loop that hardly ever runs: unlike the branches of a `cond`, it passes the scores on.
+    carry = (wild, scores, blank(scores.shape[2:], jnp.int32, scores))
     return jax.lax.while_loop(
-        lambda carry: carry[0], lambda carry: (jnp.zeros_like(wild), _scale(carry[1])), (wild, scores)
-    )[1]
+        lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), *_scale(carry[1])), carry
+    )[1:]
 
 
-def _scale(scores: Float[Array, "rows cols *tiles"]) -> Float[Array, "rows cols *tiles"]:
+def _scale(
+    scores: Float[Array, "rows cols *tiles"],
+) -> tuple[Float[Array, "rows cols *tiles"], Int[Array, "*tiles"]]:
     raw, (bias, top) = _raw(scores), _layout(scores.dtype)
     magnitude = raw & jnp.iinfo(raw.dtype).max
-    finite = magnitude < _raw(jnp.full((), jnp.inf, scores.dtype))
-    # A float is mantissa * 2^(exponent - constant). Integers throughout: floating-point operations may flush subnormal
-    # numbers to zero.
+    finite = magnitude < (2 * bias + 1) << top
+    # A float is mantissa * 2^(exponent - bias - top). Integers throughout: floating-point operations may flush
+    # subnormal numbers to zero.
     exponent = jnp.maximum(magnitude >> top, 1)
-    mantissa = (magnitude & ((1 << top) - 1)) | jnp.where(magnitude >> top > 0, 1 << top, 0)
-    largest = jnp.max(jnp.where(finite & (magnitude > 0), exponent, 1), axis=(0, 1), keepdims=True)
+    mantissa = (magnitude & ((1 << top) - 1)) | jnp.where(magnitude >> top > 0, 1 << top, 0).astype(raw.dtype)
+    largest = jnp.max(jnp.where(finite, exponent, 1), axis=(0, 1), keepdims=True)
     shift = exponent - largest - top - 1
     factor = jax.lax.bitcast_convert_type(jnp.maximum(shift + bias, 1) << top, scores.dtype)
     values = jnp.where(finite & (shift + bias > 0), mantissa.astype(scores.dtype) * factor, 0)
     values = jnp.where(raw < 0, -values, values)
     low = jnp.min(jnp.where(finite, values, 1), axis=(0, 1), keepdims=True)
-    beyond = 4 * scores.shape[0]
-    values = jnp.where(finite, values, jnp.where(raw < 0, -beyond, beyond))
-    return jnp.where(jnp.isnan(scores), low, values).astype(scores.dtype)
+    beyond = 4.0 * scores.shape[0]
+    values = jnp.where(finite, values, jnp.where(raw < 0, -beyond, beyond).astype(scores.dtype))
+    nan = magnitude > (2 * bias + 1) << top
+    return jnp.where(nan, low, values), (largest[0, 0] + 1 - bias).astype(jnp.int32)
 
 
 def _raw(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nm_jax.solvers.base import Solver, blank, well_scaled
+from nm_jax.solvers.base import Solver, blank, order_key, well_scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +29,32 @@ class Enumeration(Solver):
         return pattern.masks() is not None
 
     def solve(self, scores, pattern):
-        rows, cols = scores.shape[:2]
-        scores = well_scaled(scores)
-        entries = [(k, scores[divmod(k, cols)]) for k in range(rows * cols)]
-        # The masks as integers; computed here, as an operation of the partitioner may not hold constant arrays.
-        every = jnp.arange(1 << len(entries), dtype=jnp.int32)
-        fits = pattern.full(_kept(every, rows, cols))
-        codes = jnp.nonzero(fits, size=len(pattern.masks()))[0].astype(jnp.int32)
+        return _best(scores, pattern.full, len(pattern.masks())), None
 
-        def attempt(k, best):
-            most, chosen = best
-            kept = [jnp.where((codes[k] >> entry) & 1, score, 0) for entry, score in entries]
-            total = functools.reduce(jnp.add, kept)
-            better = (total > most) | (k == 0)
-            return jnp.where(better, total, most), jnp.where(better, codes[k], chosen)
+    def solve_edges(self, scores, valid, pattern):
+        wanted = valid & (order_key(scores) >= 0)
+        return _best(jnp.where(wanted, scores, 0), pattern.allows, len(pattern.masks(allowed=True))) & wanted, None
 
-        start = (blank(scores.shape[2:], scores.dtype, scores), blank(scores.shape[2:], jnp.int32, scores))
-        return _kept(jax.lax.fori_loop(0, codes.shape[0], attempt, start)[1], rows, cols), None
+
+def _best(scores, fits, count: int):
+    """Of the `count` masks that fit, the one that keeps most."""
+    rows, cols = scores.shape[:2]
+    scores, _ = well_scaled(scores)
+    entries = [(k, scores[divmod(k, cols)]) for k in range(rows * cols)]
+    # The masks as integers; computed here, as an operation of the partitioner may not hold constant arrays.
+    every = jnp.arange(1 << len(entries), dtype=jnp.int32)
+    codes = jnp.nonzero(fits(_kept(every, rows, cols)), size=count)[0].astype(jnp.int32)
+
+    def attempt(k, best):
+        most, chosen = best
+        total = functools.reduce(
+            jnp.add, [jnp.where((codes[k] >> entry) & 1 == 1, score, 0) for entry, score in entries]
+        )
+        better = (total > most) | (k == 0)
+        return jnp.where(better, total, most), jnp.where(better, codes[k], chosen)
+
+    start = (blank(scores.shape[2:], scores.dtype, scores), blank(scores.shape[2:], jnp.int32, scores))
+    return _kept(jax.lax.fori_loop(0, count, attempt, start)[1], rows, cols)
 
 
 def _kept(codes, rows: int, cols: int):

@@ -46,12 +46,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers._proof import Proof
-from nm_jax.solvers.base import Solver, blank, replace_nonfinite
+from nm_jax.solvers.base import Solver, blank, well_scaled
 
 _MAX_M = 32  # a row of a mask is one int32
 _FAR = 1 << 30  # longer than any path, and twice that still fits
 _SATURATED = (1 << 30) - 1
-_SMALLEST = -149  # exponent of the smallest float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +81,22 @@ class Exact(Solver):
 
     def solve(self, scores, pattern):
         tiles = scores.shape[2:]
-        blocks = scores.astype(jnp.float32).reshape(pattern.m, pattern.m, math.prod(tiles))
+        blocks = scores.reshape(pattern.m, pattern.m, math.prod(tiles))
         bits, gap, exponent = _solve_blocks(blocks, pattern, self.chunk or _CHUNK)
         mask = _unpack(bits).reshape(scores.shape)
-        return mask, _proof(gap.reshape(tiles), exponent.reshape(tiles), pattern)
+        return mask, _proof(gap.reshape(tiles), exponent.reshape(tiles), pattern, scores.dtype)
 
 
-def _proof(gap: Int[Array, "*tiles"], exponent: Int[Array, "*tiles"], pattern: TransposableNM) -> Proof:
+def _proof(gap: Int[Array, "*tiles"], exponent: Int[Array, "*tiles"], pattern: TransposableNM, dtype) -> Proof:
     """From a gap in units of the grid. What is not 0 stays above 0 however small the unit is."""
-    unit = jnp.maximum(_power_of_two(exponent), jnp.finfo(jnp.float32).tiny)
+    lowest = jnp.finfo(dtype).minexp
+    unit = jnp.ldexp(jnp.ones((), dtype), jnp.maximum(exponent, lowest))
     nothing = jnp.zeros_like(unit)
     # Half a unit for each entry that this mask keeps, and for each that the true optimum keeps; none on the grid of
     # the smallest subnormal, where all floats are.
-    rounding = jnp.where(exponent == _SMALLEST, 0, pattern.n * pattern.m * unit)
-    return Proof(nothing, gap.astype(jnp.float32) * unit, rounding, nothing)
+    finest = lowest - jnp.finfo(dtype).nmant
+    rounding = jnp.where(exponent <= finest, 0, pattern.n * pattern.m * unit)
+    return Proof(nothing, gap.astype(dtype) * unit, rounding, nothing)
 
 
 def _solve_blocks(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chunk: int):
@@ -123,11 +124,11 @@ def _solve_slab(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chu
     m, blocks = pattern.m, scores.shape[2]
 
     def descend(start, size, carry):
-        finite = replace_nonfinite(lax.dynamic_slice_in_dim(scores, start, size, axis=2))
-        grid, exponent = _quantise(finite, pattern)
+        finite, scale = well_scaled(lax.dynamic_slice_in_dim(scores, start, size, axis=2))
+        grid, exponent = (_quantise if finite.dtype == jnp.float32 else _quantise_double)(finite, pattern)
         u, v = _descend(grid, pattern)
         bits, solved = _threshold(grid, u, v, pattern)
-        found = (grid, bits, v, exponent, solved)
+        found = (grid, bits, v, exponent + scale, solved)
         return tuple(
             lax.dynamic_update_slice_in_dim(x, y, start, x.ndim - 1) for x, y in zip(carry, found, strict=True)
         )
@@ -237,11 +238,16 @@ def _quantise(
     return grid, exponent - 150 - finer
 
 
-def _power_of_two(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2^exponent for -149 <= exponent <= 127, subnormal or not."""
-    normal = (exponent + 127) << 23
-    subnormal = 1 << jnp.clip(exponent + 149, 0, 23)
-    return lax.bitcast_convert_type(jnp.where(exponent >= -126, normal, subnormal), jnp.float32)
+def _quantise_double(
+    scores: Float[Array, "m m blocks"], pattern: TransposableNM
+) -> tuple[Int[Array, "m m blocks"], Int[Array, " blocks"]]:
+    """The same for float64, whose subnormal numbers are scaled away before."""
+    counted = jnp.maximum(scores, 0) if pattern.at_most else jnp.abs(scores)
+    _, exponent = jnp.frexp(jnp.max(counted, axis=(0, 1)))
+    signed = jnp.any(scores < 0, axis=(0, 1)) & (not pattern.at_most)
+    exponent = exponent - _fraction_bits(pattern.m) + signed.astype(exponent.dtype)
+    grid = jnp.round(jnp.ldexp(scores, -exponent[None, None]))
+    return jnp.maximum(grid, -1 if pattern.at_most else grid).astype(jnp.int32), exponent.astype(jnp.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

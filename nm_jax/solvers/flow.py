@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +45,14 @@ def on_host(solve_block, scores):
 
     def solve_all(scores):
         scores = np.asarray(scores, np.float64)
-        blocks = scores.reshape(*scores.shape[:2], -1)
+        blocks = scores.reshape(*scores.shape[:2], math.prod(scores.shape[2:]))
         mask = np.empty(blocks.shape, bool)
         for k in range(blocks.shape[2]):
             mask[:, :, k] = solve_block(blocks[:, :, k])
         return mask.reshape(scores.shape)
 
     result = jax.ShapeDtypeStruct(scores.shape, jnp.bool_)
-    return jax.pure_callback(solve_all, result, well_scaled(scores), vmap_method="sequential")
+    return jax.pure_callback(solve_all, result, well_scaled(scores)[0], vmap_method="sequential")
 
 
 def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:

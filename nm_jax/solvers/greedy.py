@@ -46,7 +46,7 @@ class Greedy(Solver):
         row_place = jnp.swapaxes(rank(jnp.swapaxes(keys, 0, 1)), 0, 1)
         mask = (row_place >= zeros) & (rank(keys) >= zeros)
         if self.complete:
-            mask = _complete(mask, well_scaled(scores), pattern)
+            mask = _complete(mask, well_scaled(scores)[0], pattern)
         return mask, None
 
 
@@ -89,7 +89,7 @@ def _complete(mask: Bool[Array, "m m *tiles"], scores: Float[Array, "m m *tiles"
 
 def _best(values: Float[Array, "m m *tiles"], among: Bool[Array, "m m *tiles"]) -> Bool[Array, "m m *tiles"]:
     """The one entry of each tile with the largest value among those allowed; none where none is."""
-    flat = jnp.where(among, values, -jnp.inf).reshape(-1, *values.shape[2:])
+    flat = jnp.where(among, values, jnp.finfo(values.dtype).min).reshape(-1, *values.shape[2:])
     index = jnp.arange(flat.shape[0]).reshape(-1, *[1] * (flat.ndim - 1))
     return (index == jnp.argmax(flat, axis=0)[None]).reshape(values.shape) & among
 

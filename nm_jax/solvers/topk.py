@@ -31,6 +31,10 @@ class TopK(Solver):
         mask = jnp.put_along_axis(jnp.zeros(flat.shape, bool), order, kept, axis=0, inplace=False)
         return mask.reshape(keys.shape), None
 
+    def solve_edges(self, scores, valid, pattern):
+        mask, _ = self.solve(jnp.where(valid, scores, jnp.nan), pattern)  # NaN goes last
+        return mask & valid & (order_key(scores) >= 0), None
+
 
 @dataclasses.dataclass(frozen=True)
 class Window(Solver):
@@ -43,9 +47,17 @@ class Window(Solver):
         return isinstance(pattern, SequentialNM)
 
     def solve(self, scores, pattern):
-        zeros = pattern.m - pattern.n
-        scaled = well_scaled(scores)
-        sums = [functools.reduce(jnp.add, scaled[start : start + zeros]) for start in range(pattern.n + 1)]
-        first = pattern.n - jnp.argmin(jnp.stack(sums[::-1]), axis=0)[None]
-        index = jnp.arange(pattern.m).reshape(-1, *[1] * (scores.ndim - 1))
-        return (index < first) | (index >= first + zeros), None
+        return _outside_lightest_window(well_scaled(scores)[0], pattern), None
+
+    def solve_edges(self, scores, valid, pattern):
+        wanted = valid & (order_key(scores) >= 0)
+        worth = jnp.where(wanted, well_scaled(jnp.where(wanted, scores, 0))[0], 0)
+        return _outside_lightest_window(worth, pattern) & wanted, None
+
+
+def _outside_lightest_window(scores, pattern: SequentialNM):
+    zeros = pattern.m - pattern.n
+    sums = [functools.reduce(jnp.add, scores[start : start + zeros]) for start in range(pattern.n + 1)]
+    first = pattern.n - jnp.argmin(jnp.stack(sums[::-1]), axis=0)[None]
+    index = jnp.arange(pattern.m).reshape(-1, *[1] * (scores.ndim - 1))
+    return (index < first) | (index >= first + zeros)

@@ -58,7 +58,8 @@ def test_the_table_says_it_all():
     assert lines[0].startswith("1 of 10 parameters become sparse: ")
     assert lines[1].split() == ["path", "shape", "op", "axes", "FLOPs", "pattern", "because"]
     rows = {line.split()[0]: line for line in lines[2:]}
-    assert len(rows) == 10
+    assert len(rows) == 6  # five kernels, and all biases in one
+    assert lines[-1].split()[:4] == ["(5", "parameters)", "elementwise", "dense"]
     assert "depthwise: one input feature per group" in rows["depthwise/kernel"]
     assert rows["pointwise/kernel"].split()[1:4] == ["1x1x8x16", "conv", "bbio"]
 
@@ -90,6 +91,47 @@ def test_first_and_last_layers_are_dense_unless_told_otherwise():
     assert set(sparse(planned(first="2:4", last="1:2-T"))) == {"pointwise/kernel", "head/kernel"}
     assert sparse(planned(last="1:2"))["head/kernel"] == ("1:2", "io")
     assert planned(first="2:4")["stem/kernel"].reason == "contraction size 3 is not a multiple of 4"
+
+
+def test_all_heads_and_all_inputs_are_ends():
+    params = {name: jnp.ones((8, 8)) for name in ("image", "time", "body", "policy", "value")}
+
+    def forward(p, x, t):
+        h = jnp.tanh(jnp.tanh(x @ p["image"] + jnp.sin(t) @ p["time"]) @ p["body"])
+        return h @ p["policy"], h @ p["value"]
+
+    inputs = jnp.ones((2, 8)), jnp.ones((2, 8))
+    plan = nm.plan(forward, params, *inputs, pattern="2:4")
+    assert set(sparse(plan)) == {"body"}
+    assert {leaf.path: leaf.reason for leaf in plan.leaves if leaf.reason} == {
+        "image": "the first layer",
+        "time": "the first layer",
+        "policy": "the last layer",
+        "value": "the last layer",
+    }
+    assert set(sparse(nm.plan(forward, params, *inputs, pattern="2:4", last="1:2"))) == {"body", "policy", "value"}
+
+
+def test_sums_of_parameters_stay_dense_and_count_once():
+    """What is contracted is the sum: masks on its parts leave it dense."""
+    params = {"base": jnp.ones((8, 8)), "delta": jnp.ones((8, 8))}
+
+    def forward(p, x):
+        return x @ (p["base"] + p["delta"])
+
+    plan = nm.plan(forward, params, jnp.ones((2, 8)), pattern="2:4", first="2:4", last="2:4")
+    assert plan["base"].reason == "what is contracted is its sum with delta, which is not zero where it is"
+    assert plan.sparse_forward_share == 0
+    assert sum(leaf.flops for leaf in plan.leaves) == plan.flops == 2 * 2 * 8 * 8
+
+    def scaled(p, x):
+        return x @ (p["base"] * p["delta"])
+
+    plan = nm.plan(scaled, params, jnp.ones((2, 8)), pattern="2:4", first="2:4", last="2:4")
+    assert plan.sparse_forward_share == 1
+    masked = nm.apply_masks(params, nm.compute_masks(params, plan))
+    product = np.asarray(masked["base"] * masked["delta"])
+    assert (product != 0).reshape(2, 4, 8).sum(1).max() <= 2
 
 
 def test_an_embedding_is_the_first_layer_where_there_is_one():

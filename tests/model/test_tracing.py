@@ -1,7 +1,5 @@
 """How models use their parameters, against tables written by hand."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,141 +10,30 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import nm_jax as nm
-from nm_jax._model.tracing._jaxpr import bind, branches, called, loop, opened
-from nm_jax._model.tracing.views import Atom, View, moved, reshaped, sliced
-
-
-def shape(*sizes, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
+from tests.model.models import (
+    EXPERTS,
+    IMAGES,
+    NnxBlocks,
+    NnxNet,
+    Normed,
+    Scanned,
+    X,
+    all_experts,
+    conv,
+    flax_nnx,
+    guarded,
+    linen,
+    linen_conv,
+    moe,
+    over_layers,
+    rnn,
+    shape,
+    weight,
+)
 
 # ------------------------------------------------------------------------------------------------------------- table
 # Each case returns (apply, params, inputs). Then, by path: what is contracted, and how it is grouped; `None` where a
 # parameter cannot be N:M sparse, with a word of the reason.
-
-
-def linen(module, *inputs, **collections):
-    variables = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, **collections), *inputs)
-    state = {name: value for name, value in variables.items() if name != "params"}
-
-    def apply(params, state, *x):
-        return module.apply({"params": params, **state}, *x, **collections)
-
-    return apply, variables["params"], (state, *inputs)
-
-
-def flax_nnx(module, *inputs):
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-    return lambda params, *x: nnx.merge(graph, params, rest)(*x), params, inputs
-
-
-def weight(function, sizes, *inputs, **others):
-    """A plain function of one weight `w`, and of other parameters."""
-    return function, {"w": shape(*sizes), **{k: shape(*v) for k, v in others.items()}}, inputs
-
-
-X = shape(6, 8)
-IMAGES = shape(2, 5, 5, 4)
-conv = functools.partial(
-    lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-        return x + nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))), None
-
-
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(50, 16)
-        blocks = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return embed.attend(blocks(name="blocks")(embed(tokens), None)[0])
-
-
-class NnxBlocks(nnx.Module):
-    def __init__(self, rngs):
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def make(rngs):
-            return nnx.Linear(8, 8, rngs=rngs)
-
-        self.blocks = make(rngs)
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(block, x):
-            return nnx.relu(block(x))
-
-        return run(self.blocks, x)
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.inner = nnx.Linear(16, 32, rngs=rngs)
-        self.lora = nnx.LoRA(16, 4, 32, rngs=rngs)
-        self.norm = nnx.BatchNorm(32, use_running_average=True, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, deterministic=True)
-        self.outer = nnx.Linear(32, 8, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=rngs)
-
-    def __call__(self, x):
-        return self.outer(nnx.gelu(self.drop(self.norm(self.inner(x) + self.lora(x)))))
-
-
-class Normed(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3, 3), strides=2)(x)))
-        return nn.WeightNorm(nn.Dense(4))(x.mean((1, 2)))
-
-
-def linen_conv(features=8, kernel=(3, 3), cls=nn.Conv, **options):
-    return lambda: linen(cls(features, kernel, **options), IMAGES)
-
-
-def moe(params, x):
-    """Experts with capacity: tokens are dispatched to slots by one-hot products."""
-    gates = jax.nn.softmax(x @ params["router"])
-    chosen = jax.nn.one_hot(gates.argmax(-1), 4)
-    slot = jnp.max(jnp.cumsum(chosen, axis=0) * chosen - 1, axis=-1).astype(int)
-    dispatch = chosen[:, :, None] * jax.nn.one_hot(slot, 5)[:, None]
-    inputs = jnp.einsum("nd,nec->ecd", x, dispatch)
-    hidden = jax.nn.gelu(jnp.einsum("ecd,edf->ecf", inputs, params["up"]))
-    outputs = jnp.einsum("ecf,efd->ecd", hidden, params["down"])
-    return jnp.einsum("ecd,nec->nd", outputs, dispatch * gates[:, :, None])
-
-
-def all_experts(params, x):
-    hidden = jax.nn.relu(jnp.einsum("td,edf->etf", x, params["up"]))
-    return jnp.einsum("etf,efd,te->td", hidden, params["down"], jax.nn.softmax(x @ params["router"]))
-
-
-EXPERTS = {"router": shape(8, 4), "up": shape(4, 8, 16), "down": shape(4, 16, 8)}
-
-
-@jax.custom_vjp
-def guarded(x, w):
-    return x @ w
-
-
-guarded.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
-
-
-def rnn(params, x):
-    def step(h, t):
-        h = jnp.tanh(jnp.concatenate([h, t], axis=-1) @ params["w"])
-        return h, h
-
-    return lax.scan(step, jnp.zeros((6, 8)), x)[1]
-
-
-def over_layers(body):
-    return lambda p, x: lax.scan(lambda h, w: (body(h, w), None), x, p["w"])[0]
-
-
 dot = jnp.dot
 KINDS = {
     # Linen
@@ -253,11 +140,78 @@ KINDS = {
     ),
     "LoRA, merged": (
         lambda: weight(lambda p, x: x @ (p["w"] + p["a"] @ p["b"]), (8, 12), X, a=(8, 2), b=(2, 12)),
-        {"w": ("io", "io"), "a": "other parameters only", "b": "other parameters only"},
+        {"w": "its sum with a, b", "a": "other parameters only", "b": "other parameters only"},
     ),
+    # Not zero where the parameter is
     "weight-standardised conv": (
         lambda: weight(lambda p, x: conv(x, (p["w"] - p["w"].mean()) / p["w"].std()), (3, 3, 4, 6), IMAGES),
-        {"w": ("iiio", "bbio")},
+        {"w": "its sum with something else"},
+    ),
+    "base and its change": (
+        lambda: weight(lambda p, x: x @ (p["w"] + p["d"]), (8, 12), X, d=(8, 12)),
+        {"w": "its sum with d, which is not zero where it is", "d": "its sum with w"},
+    ),
+    "mean and noise": (
+        lambda: weight(lambda p, x: x @ (p["w"] + p["s"] * jnp.cos(jnp.arange(12.0))[None]), (8, 12), X, s=(8, 12)),
+        {"w": "its sum with s", "s": "its sum with w"},
+    ),
+    "a zero point": (
+        lambda: weight(lambda p, x: x @ ((p["w"] - p["z"][None]) * 2), (8, 12), X, z=(12,)),
+        {"w": "its sum with z"},
+    ),
+    "exponentials": (lambda: weight(lambda p, x: x @ jnp.exp(p["w"]), (8, 12), X), {"w": "exp of it"}),
+    "sums beside others": (
+        lambda: weight(lambda p, x: x @ jnp.concatenate([p["w"] + p["d"], p["v"]], 1), (8, 4), X, d=(8, 4), v=(8, 8)),
+        {"w": "its sum with d,", "d": "its sum with w", "v": ("io", "io")},
+    ),
+    # Zero where the parameter is
+    "a product of two": (
+        lambda: weight(lambda p, x: x @ (p["w"] * p["v"]), (8, 12), X, v=(8, 12)),
+        {"w": ("io", "io"), "v": ("io", "io")},
+    ),
+    "quantised in training": (
+        lambda: weight(lambda p, x: x @ (jnp.clip(jnp.round(p["w"] / 0.1), -8, 7) * 0.1), (8, 12), X),
+        {"w": ("io", "io")},
+    ),
+    "clipped, dropped and squashed": (
+        lambda: weight(
+            lambda p, x: x @ jnp.where(x[:1, 0] > 0, jnp.tanh(jnp.maximum(p["w"], -1) ** 3), 0.0), (8, 12), X
+        ),
+        {"w": "elementwise"},
+    ),
+    "clipped and squashed": (
+        lambda: weight(
+            lambda p, x: x @ jnp.where(p["w"] > -2, jnp.tanh(jnp.minimum(jnp.maximum(p["w"], -1), 1) ** 3), 0.0),
+            *((8, 12), X),
+        ),
+        {"w": ("io", "io")},
+    ),
+    "clipped off zero": (lambda: weight(lambda p, x: x @ jnp.maximum(p["w"], 0.1), (8, 12), X), {"w": "max of it"}),
+    # Chosen at run time
+    "experts that are gathered": (
+        lambda: weight(lambda p, x, k: jnp.einsum("td,tdf->tf", x, p["w"][k]), (4, 8, 12), X, shape(6, dtype=int)),
+        {"w": ("bio", "bio")},
+    ),
+    "experts that are gathered, by vmap": (
+        lambda: weight(
+            lambda p, x, k: jax.vmap(lambda x, k: x @ (p["w"][k].T * 2))(x, k), (4, 12, 8), X, shape(6, dtype=int)
+        ),
+        {"w": ("boi", "boi")},
+    ),
+    "experts that are taken": (
+        lambda: weight(
+            lambda p, x, k: jnp.einsum("td,tkdf->tkf", x, jnp.take(p["w"], k, axis=0)),
+            *((4, 8, 12), X, shape(6, 2, dtype=int)),
+        ),
+        {"w": ("bio", "bio")},
+    ),
+    "embeddings that are compared": (
+        lambda: weight(lambda p, k: p["w"][k] @ p["v"][k].T, (9, 8), shape(6, dtype=int), v=(9, 8)),
+        {"w": "looked up", "v": "looked up"},
+    ),
+    "embeddings, projected": (
+        lambda: weight(lambda p, k: jnp.tanh(p["w"][k] * 2) @ p["v"], (9, 8), shape(6, dtype=int), v=(8, 12)),
+        {"w": "looked up", "v": ("io", "io")},
     ),
     # Control flow and transformations
     "custom derivative": (lambda: weight(lambda p, x: guarded(x, p["w"]), (8, 12), X), {"w": ("io", "io")}),
@@ -478,117 +432,3 @@ def test_two_leaves_of_one_product_do_not_mix():
     apply, params, inputs = weight(lambda p, x: (x @ p["w"]) * p["v"], (8, 12), X, v=(6, 12))
     traced = nm.trace(apply, params, *inputs)
     assert (traced["w"].axes, traced["v"].reason) == ("io", "elementwise, not contracted")
-
-
-# ------------------------------------------------------------------------------------------------------------- views
-
-
-def test_views_follow_entries_wherever_they_move():
-    """Random transposes, reshapes, slices and reversals: the entries that a view names are those that are there."""
-    followed = 0
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        original = np.arange(2 * 6 * 4).reshape(2, 6, 4)
-        value, view = jnp.asarray(original), View.of(0, original.shape)
-        for _ in range(4):
-            move = _random_move(rng, value.shape)
-            for eqn in jaxpr_of(move, value).eqns:  # none, if it moves nothing
-                view = view and moved(eqn, view, 0)
-            value = move(value)
-        if view is not None:  # otherwise a reshape that no product of runs describes
-            followed += 1
-            index = _entries(view, original.shape)
-            np.testing.assert_array_equal(original.reshape(-1)[index], np.asarray(value).reshape(-1))
-    assert followed >= 20
-
-
-def _random_move(rng, sizes):
-    kind = rng.integers(4)
-    if kind == 0:
-        order = tuple(int(k) for k in rng.permutation(len(sizes)))
-        return lambda x: lax.transpose(x, order)
-    if kind == 1:
-        total, out = int(np.prod(sizes)), []
-        while total > 1:
-            divisors = [d for d in range(2, total + 1) if total % d == 0]
-            out.append(int(rng.choice(divisors)))
-            total //= out[-1]
-        return lambda x: lax.reshape(x, tuple(out) or (1,))
-    if kind == 2:
-        dims = tuple(k for k in range(len(sizes)) if rng.random() < 0.5)
-        return lambda x: lax.rev(x, dims)
-    starts = [int(rng.integers(size)) for size in sizes]
-    return lambda x: lax.slice(x, starts, sizes)
-
-
-def _entries(view, sizes):
-    """Flat indices of the entries of a view, and of what its dimensions were fixed to."""
-    index = np.zeros(1, int)
-    strides = {2: 1, 1: sizes[2], 0: sizes[1] * sizes[2]}
-    for atom in (atom for dim in view.dims for atom in dim):
-        steps = (atom.offset + atom.stride * np.arange(atom.size)) * strides[atom.dim]
-        index = (index[:, None] + steps).reshape(-1)
-    return index
-
-
-def test_reshapes_that_cut_a_run_unevenly_have_no_view():
-    dims = ((Atom(0, 6),), (Atom(1, 4),))
-    assert reshaped(dims, (24,)) == ((Atom(0, 6), Atom(1, 4)),)
-    assert reshaped(dims, (3, 8)) == ((Atom(0, 3, 2),), (Atom(0, 2), Atom(1, 4)))
-    assert reshaped(dims, (4, 6)) is None
-    assert reshaped(((Atom(0, 1), Atom(1, 4)),), (4,)) == ((Atom(0, 1), Atom(1, 4)),)
-
-
-def test_slices_of_merged_dimensions_need_whole_runs():
-    merged = (Atom(0, 6), Atom(1, 4))
-    assert sliced(merged, 4, 12) == (Atom(0, 2, 1, 1), Atom(1, 4))
-    assert sliced(merged, 2, 12) is None
-    assert sliced((Atom(0, 6),), 1, 6, 2) == (Atom(0, 3, 2, 1),)
-    assert sliced((Atom(0, 6),), 3, 3) is None
-
-
-# -------------------------------------------------------------------------------------------------- jax's internals
-
-
-def jaxpr_of(function, *args):
-    program = opened(jax.make_jaxpr(function)(*args))
-    return program.jaxpr
-
-
-def test_loops_are_understood():
-    def scanned(w, x, b):
-        def step(h, k):
-            return {"x": h["x"] @ k + b, "n": h["n"] + 1}, h["n"]
-
-        return lax.scan(step, {"x": x, "n": 0}, w, reverse=True)
-
-    (eqn,) = [e for e in jaxpr_of(scanned, shape(3, 8, 8), X, shape(6, 8)).eqns if e.primitive.name == "scan"]
-    found = loop(eqn)
-    assert (found.consts, found.carry, found.length, found.reverse, found.skipped) == (1, 2, 3, True, 0)
-    assert len(found.body.jaxpr.invars) == 4
-
-    def endless(w, x, n):
-        return lax.while_loop(lambda c: c[1] < n, lambda c: (c[0] @ w, c[1] + 1), (x, 0))
-
-    (eqn,) = [e for e in jaxpr_of(endless, shape(8, 8), X, 3).eqns if e.primitive.name == "while"]
-    found = loop(eqn)
-    assert (found.consts, found.carry, found.length, found.skipped) == (1, 2, None, 1)
-
-
-@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, jax.custom_jvp, jax.custom_vjp, lambda f: f])
-def test_calls_are_opened_and_equations_are_bound(wrap):
-    function = wrap(dot)
-    if wrap is jax.custom_jvp:
-        function.defjvp(lambda p, t: (dot(*p), t[0]))
-    if wrap is jax.custom_vjp:
-        function.defvjp(lambda x, w: (dot(x, w), None), lambda _, g: (g, g))
-    x, w = jnp.ones((6, 8)), jnp.arange(96.0).reshape(8, 12)
-    (eqn,) = jaxpr_of(lambda x, w: function(x, w), x, w).eqns
-    assert (called(eqn) is None) == (eqn.primitive.name == "dot_general")
-    (out,) = bind(eqn, [x, w])
-    np.testing.assert_allclose(out, x @ w)
-
-
-def test_branches_are_opened():
-    eqn = jaxpr_of(lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), X).eqns[-1]
-    assert [b.jaxpr.eqns[0].primitive.name for b in branches(eqn)] == ["cos", "sin"]

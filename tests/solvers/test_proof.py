@@ -39,7 +39,7 @@ def test_remarks_say_what_is_proved(fields, remark):
 def test_a_gap_never_vanishes_in_small_units():
     """Scores of 1e-42: what is proved of them is not lost where a device flushes subnormal numbers to zero."""
     gap, exponent = jnp.array([1, 1, 0]), jnp.array([-149, -140, -140])
-    found = solvers.exact._proof(gap, exponent, nm.TransposableNM(2, 4))
+    found = solvers.exact._proof(gap, exponent, nm.TransposableNM(2, 4), jnp.float32)
     np.testing.assert_array_equal(found.gap > 0, [True, True, False])
     np.testing.assert_array_equal(found.rounding > 0, [False, True, True])
 

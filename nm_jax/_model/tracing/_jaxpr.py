@@ -1,5 +1,5 @@
 """What this library knows of jaxprs beyond the public names of `jax.extend`: where jax renames things, only this file
-changes. `tests/test_tracing.py` runs it on the oldest and the newest jax."""
+changes. `tests/model/test_jaxprs.py` runs it on the oldest and the newest jax."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from nm_jax._core.rules import path_of
+from nm_jax._core.paths import located
+from nm_jax._core.rules import KnowsAxes, is_array
 from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._model.tracing._jaxpr import Opened, opened
 from nm_jax._model.tracing.views import View
@@ -89,6 +90,8 @@ class LeafTrace:
         """Why it cannot be N:M sparse whatever its sizes, or `""`."""
         if self.axes is None:
             return self.doubt
+        if changed := [use.changed for use in self.contractions if use.changed]:
+            return f"what is contracted is {changed[0]}, which is not zero where it is"
         features = [size for size, letter in zip(self.shape, self.axes, strict=True) if letter == "i"]
         if self.op == "conv" and np.prod(features, initial=1) == 1 and ("o" not in self.axes or self.groups > 1):
             return "depthwise: one input feature per group"
@@ -139,7 +142,7 @@ def _axes(use: Use) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class Trace(KnowsAxes):
     """How a model uses its parameters: print it, or ask for a leaf by its path.
 
     Attributes:
@@ -147,14 +150,23 @@ class Trace:
       flops: of all contractions of one forward pass, those without parameters (attention) included.
       constants: shapes of the constants that data is contracted with: weights that `apply` closes over, which are not
         among the parameters; also identity matrices and the like.
+      first: paths of the parameters that are contracted with inputs, or with what no other contraction with parameters
+        and no look-up made of them: of several inputs, one or more for each.
+      last: paths of the parameters whose products reach an output without passing another parameter's contraction: of
+        several heads, one or more for each.
     """
 
     leaves: tuple[LeafTrace, ...]
     flops: int
     constants: tuple[tuple[int, ...], ...]
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
 
     def __getitem__(self, path: str) -> LeafTrace:
         return row_of(self.leaves, path, "among the parameters")
+
+    def known_axes(self) -> dict[str, tuple[str | None, str]]:
+        return {leaf.path: (leaf.axes, leaf.reason) for leaf in self.leaves}
 
     def __str__(self) -> str:
         lines = aligned([leaf.cells() for leaf in self.leaves])
@@ -172,28 +184,30 @@ class Traced(NamedTuple):
     paths: list[str]
     shapes: list[tuple[int, ...]]
     arrays: list[int]  # the leaves that are arrays
+    last: set[int]  # the leaves whose products reach an output
 
 
 def walk_model(apply: Callable, params: PyTree, inputs: tuple) -> Traced:
     """The jaxpr of a model and what its parameters do there."""
-    nodes, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [path_of(keys) for keys, _ in nodes]
-    leaves = [leaf for _, leaf in nodes]
-    arrays = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Array | np.ndarray | jax.ShapeDtypeStruct)]
+    nodes, treedef = located(params), jax.tree.structure(params)
+    paths = [node.path for node in nodes]
+    leaves = [node.value for node in nodes]
+    arrays = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
 
     def call(given, inputs):
         filled = list(leaves)
         for k, value in zip(arrays, given, strict=True):
             filled[k] = value
-        return apply(treedef.unflatten(filled), *inputs)
+        return apply(jax.tree.unflatten(treedef, filled), *inputs)
 
     program = opened(jax.make_jaxpr(call)([leaves[k] for k in arrays], inputs))
     shapes = [tuple(leaf.shape) if k in arrays else () for k, leaf in enumerate(leaves)]
-    walk = Walk(shapes)
+    walk = Walk(shapes, paths)
     values = [Value((View.of(k, shapes[k]),)) if 0 not in shapes[k] else Value() for k in arrays]
     values += [walk.data() for _ in range(len(program.jaxpr.invars) - len(values))]
-    _, site = walk.run(program.jaxpr, values)
-    return Traced(program, site, walk, paths, shapes, arrays)
+    results, site = walk.run(program, values)
+    walk.uses = [[use for use in uses if use.op] for uses in walk.uses]
+    return Traced(program, site, walk, paths, shapes, arrays, walk.last(results))
 
 
 def trace(apply: Callable, params: PyTree[Array], *inputs: Any) -> Trace:
@@ -217,4 +231,5 @@ def trace(apply: Callable, params: PyTree[Array], *inputs: Any) -> Trace:
     traced = walk_model(apply, params, inputs)
     uses = map(tuple, traced.walk.uses)
     leaves = [LeafTrace(*row) for row in zip(traced.paths, traced.shapes, uses, strict=True)]
-    return Trace(tuple(leaves), traced.walk.flops, tuple(traced.walk.constants))
+    first, last = (tuple(traced.paths[k] for k in sorted(ends)) for ends in (traced.walk.first, traced.last))
+    return Trace(tuple(leaves), traced.walk.flops, tuple(traced.walk.constants), first, last)

@@ -16,12 +16,17 @@ class Value(NamedTuple):
       lost: (parameter, operation): parameters that it depends on through an operation that hides their entries.
       data: whether it depends on the inputs of the model.
       number: two data values with one number are equal.
+      behind: (parameter, step): the last contractions with parameters on the ways to it from the inputs; with
+        parameter -1, something else than an input (a looked up embedding, a state that a loop starts from).
+      scalar: the value of a constant that is the same everywhere.
     """
 
     views: tuple[View, ...] = ()
     lost: frozenset[tuple[int, str]] = frozenset()
     data: bool = False
     number: Hashable = None
+    behind: frozenset[tuple[int, int]] = frozenset()
+    scalar: float | None = None
 
     @property
     def blurred(self) -> frozenset[tuple[int, str]]:
@@ -45,6 +50,8 @@ class Use:
       count: number of executions (iterations of the loops around it).
       order: position among all contractions of data, in the order of the program.
       via: the operation that hid the entries.
+      changed: for a contraction, what of the parameter is contracted, where that is not zero wherever the parameter
+        is: a mask on it does not make the weight sparse.
     """
 
     op: str
@@ -54,6 +61,7 @@ class Use:
     count: int = 1
     order: int = -1
     via: str = ""
+    changed: str = ""
 
 
 class Tap(NamedTuple):

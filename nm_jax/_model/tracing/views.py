@@ -30,12 +30,16 @@ class View(NamedTuple):
       fixed: what a dimension of the parameter was fixed to, as (loop, dim): by a loop that goes through it (the number
         of the loop), or by an index (`None`).
       dynamic: whether an index that is only known at run time chose a part.
+      changed: what the entries are, where they are not zero wherever the parameter is, or `""`.
+      chosen: for a part that an index looked up, which of the uses of the parameter this look-up is.
     """
 
     leaf: int
     dims: tuple[Dim, ...]
     fixed: tuple[tuple[int | None, Dim], ...] = ()
     dynamic: bool = False
+    changed: str = ""
+    chosen: int | None = None
 
     @classmethod
     def of(cls, leaf: int, shape: tuple[int, ...]) -> "View":
@@ -125,6 +129,24 @@ def moved(eqn: Equation, view: View, result: int) -> View | None:
     return view._replace(dims=tuple(out), dynamic=view.dynamic or _dynamic(eqn))
 
 
+def gathered(eqn: Equation, view: View) -> View | None:
+    """The view of what a gather looks up, where it takes single entries of some dimensions and all of the others:
+    `w[index]`."""
+    numbers, sizes, whole = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], shape_of(eqn.invars[0])
+    batching = numbers.operand_batching_dims
+    kept = [dim for dim in range(len(whole)) if dim not in (*numbers.collapsed_slice_dims, *batching)]
+    single = [dim for dim in range(len(whole)) if dim not in batching and sizes[dim] != whole[dim]]
+    if any(sizes[dim] != 1 for dim in single) or not all(view.fills(k, size) for k, size in enumerate(whole)):
+        return None
+    sources = dict(zip(numbers.offset_dims, kept, strict=True))
+    results = shape_of(eqn.outvars[0])
+    indices = [dim for dim in range(len(results)) if dim not in sources]
+    sources |= {indices[k]: dim for k, dim in zip(numbers.start_indices_batching_dims, batching, strict=True)}
+    found = {k: dim for k, dim in sources.items() if dim not in single}
+    dims = tuple(view.dims[found[k]] if k in found else (Atom(None, size),) for k, size in enumerate(results))
+    return view._replace(dims=dims, fixed=view.fixed + tuple((None, view.dims[dim]) for dim in single), dynamic=True)
+
+
 def _reshape(eqn, params, dims, result):
     del result
     order = params["dimensions"] or range(len(dims))
@@ -193,6 +215,6 @@ _RULES = {
 }
 # Operations whose result has the entries of their first operand where they were.
 _SAME = frozenset().union(
-    ("convert_element_type", "reduce_precision", "copy", "copy_p", "device_put", "name"),
+    ("convert_element_type", "reduce_precision", "copy", "copy_p", "device_put", "name", "stop_gradient"),
     ("sharding_constraint", "layout_constraint", "pvary", "mesh_cast", "reshard"),
 )

@@ -9,10 +9,13 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from nm_jax._model.tracing._jaxpr import Equation, Jaxpr, Literal, branches, called, loop, opened, shape_of
+import numpy as np
+
+from nm_jax._model.tracing._jaxpr import Equation, Literal, Opened, branches, called, loop, opened, shape_of
 from nm_jax._model.tracing.uses import Site, Tap, Use, Value
-from nm_jax._model.tracing.views import Dim, View, extent, moved, reshaped
+from nm_jax._model.tracing.views import Dim, View, extent, gathered, moved, reshaped
 from nm_jax._model.tracing.windows import Windows
+from nm_jax._model.tracing.zeros import ELEMENTWISE, SUMS, stays_zero
 
 
 class Walk:
@@ -23,10 +26,13 @@ class Walk:
       uses: of every parameter, in the order of the program.
       flops: of all contractions of data, with loops.
       constants: shapes of the constants that data is contracted with: weights that the function closes over.
+      first: parameters that are contracted with what was made of the inputs without any contraction with parameters.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], paths: Sequence[str]):
         self.shapes = shapes
+        self.paths = paths
+        self.first: set[int] = set()
         self.uses: list[list[Use]] = [[] for _ in shapes]
         self.flops = 0
         self.constants: list[tuple[int, ...]] = []
@@ -35,18 +41,27 @@ class Walk:
         self._orders = itertools.count()
         self._count = 1
         self._refusal = ""
+        self._steps = itertools.count()
+        self._contracted: set[int] = set()  # parameters that the operation at hand contracts with data
+        self._followed: set[tuple[int, int]] = set()  # contractions that are followed by another one
 
-    def data(self) -> Value:
+    def data(self, behind: frozenset[tuple[int, int]] = frozenset()) -> Value:
         """A value that depends on the inputs, of which nothing else is known."""
-        return Value(data=True, number=next(self._numbers))
+        return Value(data=True, number=next(self._numbers), behind=behind)
 
-    def run(self, jaxpr: Jaxpr, values: Sequence[Value], loop: int | None = None) -> tuple[list[Value], Site]:
+    def last(self, results: Sequence[Value]) -> set[int]:
+        """Parameters whose contractions lead to a result without any further contraction with parameters."""
+        reached = frozenset[tuple[int, int]]().union(*(value.behind for value in results))
+        return {leaf for leaf, _ in reached - self._followed if leaf >= 0}
+
+    def run(self, program: Opened, values: Sequence[Value], loop: int | None = None) -> tuple[list[Value], Site]:
         """The values of the results, and where the taps are. Constants show no parameter."""
-        site = Site(loop)
+        site, jaxpr = Site(loop), program.jaxpr
         known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
+        known |= {var: _constant(value) for var, value in zip(jaxpr.constvars, program.consts, strict=False)}
 
         def read(var: Any) -> Value:
-            return Value() if isinstance(var, Literal) else known.get(var, Value())
+            return _constant(var.val) if isinstance(var, Literal) else known.get(var, Value())
 
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(var) for var in eqn.invars]
@@ -61,7 +76,7 @@ class Walk:
     def _equation(self, eqn: Equation, operands: list[Value]) -> tuple[list[Value], list[Tap], list[Site]]:
         name = eqn.primitive.name
         if (inner := called(eqn)) is not None:
-            results, site = self.run(inner.jaxpr, operands)
+            results, site = self.run(inner, operands)
             return results, [], [site]
         structured: dict[str, Callable] = {"scan": self._loop, "while": self._loop, "cond": self._cond}
         if name in structured:
@@ -69,12 +84,15 @@ class Walk:
             return results, [], sites
         if name == "shard_map":
             return self._shard_map(eqn, operands)
-        contractions: dict[str, Callable] = {"dot_general": self._dot, "conv_general_dilated": self._conv}
+        contractions: dict[str, Callable] = {
+            "dot_general": self._dot,
+            "conv_general_dilated": self._conv,
+            "ragged_dot_general": self._ragged_dot,
+        }
         if name in contractions:
-            return [self._merged(eqn, operands)], contractions[name](eqn, operands), []
-        if name == "ragged_dot_general":
-            self._ragged_dot(eqn, operands)
-            return [self._merged(eqn, operands)], [], []
+            self._contracted = set()
+            taps = contractions[name](eqn, operands)
+            return [self._passed(self._merged(eqn, operands))], taps, []
         return self._move(eqn, operands), [], []
 
     def _use(self, leaf: int, op: str, **more: Any) -> None:
@@ -83,10 +101,20 @@ class Walk:
     def _merged(self, eqn: Equation, operands: Sequence[Value]) -> Value:
         """The value of an operation that shows none of its operands."""
         if any(value.data for value in operands):
-            return self.data()
+            return self.data(frozenset[tuple[int, int]]().union(*(value.behind for value in operands)))
         name = eqn.primitive.name
         shown = {(view.leaf, name) for value in operands for view in value.views}
         return Value(lost=frozenset(shown).union(*(value.blurred for value in operands)))
+
+    def _passed(self, result: Value) -> Value:
+        """The result of a contraction, with what was contracted as the last on its way."""
+        if not result.data or not self._contracted:
+            return result
+        if not result.behind:
+            self.first |= self._contracted
+        self._followed |= result.behind
+        step = next(self._steps)
+        return result._replace(behind=frozenset((leaf, step) for leaf in self._contracted))
 
     # ------------------------------------------------------------------------------------- moving and elementwise
 
@@ -96,20 +124,21 @@ class Walk:
         if name == "optimization_barrier":
             return list(operands)
         if name == "gather" and any(value.data for value in operands):
-            for view in operands[0].views:
-                self._use(view.leaf, "gather", order=next(self._orders))
-            return [self.data()]
+            return [self._looked_up(eqn, operands)]
         first = operands[0] if operands else Value()
-        if first.data and len(operands) == 1 and name in _RENUMBERED:
-            return [first._replace(views=(), number=(name, str(eqn.params), first.number))]
+        if len(operands) == 1 and name in _RENUMBERED and (first.data or first.scalar is not None):
+            views = (moved(eqn, view, 0) for view in first.views)
+            number = (name, str(eqn.params), first.number)
+            return [first._replace(views=tuple(view for view in views if view), number=number)]
         results = []
         for k, out in enumerate(eqn.outvars):
             value = self._merged(eqn, operands)
-            if followed := [shown for v in first.views if (shown := moved(eqn, v, k)) is not None]:
+            if followed := [m for v in first.views if (m := moved(eqn, v, k)) is not None]:
                 # An index may be data: what it chooses is the parameter's all the same.
                 value = self._merged(eqn, [first])._replace(views=tuple(followed))
-            elif not value.data:
-                value = value._replace(views=self._in_place(eqn, operands, shape_of(out)))
+            else:
+                shown = self._in_place(eqn, operands, shape_of(out)) if not value.data or name in _SCALING else ()
+                value = value._replace(views=tuple(v for v in shown if not value.data or v.chosen is not None))
             results.append(value)
         if results and results[0].data:
             self._meets_data(eqn, operands)
@@ -120,16 +149,41 @@ class Walk:
         name = eqn.primitive.name
         if name == "concatenate":
             return tuple(view for value in operands for view in value.views)
-        if name not in _ELEMENTWISE:
+        if name not in ELEMENTWISE:
             return ()
         pairs = zip(operands, eqn.invars, strict=True)
-        shown = [view for value, var in pairs if shape_of(var) == shape for view in value.views]
+        shown = [
+            view._replace(changed="") if stays_zero(eqn, operands, view) else self._changed(eqn, operands, view)
+            for value, var in pairs
+            if shape_of(var) == shape
+            for view in value.views
+        ]
         # A straight-through estimator shows a parameter several times in the same places: that is one view.
         return tuple(dict.fromkeys(shown))
 
+    def _changed(self, eqn: Equation, operands: list[Value], view: View) -> View:
+        """A view of a parameter whose zeros do not stay."""
+        if view.changed:
+            return view
+        if eqn.primitive.name not in SUMS:
+            return view._replace(changed=f"{eqn.primitive.name} of it")
+        leaves = {v.leaf for value in operands for v in value.views}
+        leaves |= {leaf for value in operands for leaf, _ in value.blurred}
+        others = ", ".join(self.paths[leaf] for leaf in sorted(leaves - {view.leaf}))
+        return view._replace(changed=f"its sum with {others or 'something else'}")
+
+    def _looked_up(self, eqn: Equation, operands: list[Value]) -> Value:
+        """What an index that depends on data looks up in a parameter: data, unless it turns out to be a weight."""
+        views = []
+        for view in operands[0].views:
+            self._use(view.leaf, "gather", order=next(self._orders))
+            if (shown := gathered(eqn, view)) is not None:
+                views.append(shown._replace(chosen=len(self.uses[view.leaf]) - 1))
+        return self.data(frozenset([(-1, next(self._steps))]))._replace(views=tuple(views))
+
     def _meets_data(self, eqn: Equation, operands: list[Value]) -> None:
         name = eqn.primitive.name
-        op = "elementwise" if name in _ELEMENTWISE else name
+        op = "elementwise" if name in ELEMENTWISE else name
         for value in operands:
             if not value.data:
                 for view in value.views:
@@ -154,6 +208,7 @@ class Walk:
                     self.constants.append(shape_of(var))
                 for leaf, via in sorted(value.lost):
                     self._use(leaf, "opaque", flops=flops, via=via)
+                    self._contracted.add(leaf)
             elif not value.data:
                 for leaf, via in sorted(value.blurred):
                     self._use(leaf, "derived", via=via)
@@ -172,7 +227,9 @@ class Walk:
 
     def _contracts(self, op: str, view: View, letters: tuple[str, ...], flops: float, order: int, groups: int = 1):
         if any(set(letter) & {"i", "k"} for letter in letters):
-            self._use(view.leaf, op, letters=letters, groups=groups, flops=round(flops), order=order)
+            more = {"groups": groups, "flops": round(flops), "order": order, "changed": view.changed}
+            self._use(view.leaf, op, letters=letters, **more)
+            self._contracted.add(view.leaf)
         else:
             self._use(view.leaf, "scale")
 
@@ -185,12 +242,17 @@ class Walk:
         taps = []
         for side, value in enumerate(operands):
             other = operands[1 - side]
-            if value.data or not other.data:
+            if not other.data:
                 continue
             kinds = dict.fromkeys(contract[side], "i") | dict.fromkeys(batch[side], "b")
-            letters = [kinds.get(dim, "o") for dim in range(len(shapes[side]))]
-            for view in value.views:
-                self._contracts("dot", view, self._letters(view, letters), flops * _share(view, shapes[side]), order)
+            assigned = [kinds.get(dim, "o") for dim in range(len(shapes[side]))]
+            for view, part in _parts(value, shapes[side]):
+                letters = self._letters(view, assigned)
+                if view.chosen is not None:
+                    if not {"i", "o"} <= set("".join(letters)):
+                        continue  # an embedding
+                    self.uses[view.leaf][view.chosen] = _A_WEIGHT
+                self._contracts("dot", view, letters, flops * part, order)
                 taps.append(self._dot_tap(view, 1 - side, other.number, contract, batch, shapes[side]))
         return taps
 
@@ -248,7 +310,7 @@ class Walk:
             groups=groups,
         )
         taps = []
-        for view in () if weight.data else weight.views:
+        for view, part in () if weight.data else _parts(weight, shape):
             outputs = view.dims[spec[0]]
             split = _groups(outputs, groups, shape[spec[0]])
             group_dim, output_dim = split or ((), outputs)
@@ -257,7 +319,7 @@ class Walk:
             # Outputs of which each feature group has a part are outputs.
             own = tuple("o" if letter == "bo" else letter for letter in letters)
             within = math.prod(a.size for a in group_dim if a.dim is not None and letters[a.dim] == "bo")
-            self._contracts("conv", view, own, flops * _share(view, shape), order, groups=within)
+            self._contracts("conv", view, own, flops * part, order, groups=within)
             refusal = self._refuse(view, spec[1:], shape)
             if params["batch_group_count"] > 1 or split is None:
                 refusal = refusal or "its feature or batch groups do not follow its dimensions"
@@ -275,7 +337,7 @@ class Walk:
             )
         return taps
 
-    def _ragged_dot(self, eqn: Equation, operands: list[Value]) -> None:
+    def _ragged_dot(self, eqn: Equation, operands: list[Value]) -> list[Tap]:
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (contract, batch) = numbers.dot_dimension_numbers
         shape = shape_of(eqn.invars[1])
@@ -283,8 +345,9 @@ class Walk:
         order = self._contraction(eqn, operands, flops)
         kinds = dict.fromkeys((*batch[1], *numbers.rhs_group_dimensions), "b") | dict.fromkeys(contract[1], "i")
         letters = [kinds.get(dim, "o") for dim in range(len(shape))]
-        for view in operands[1].views if operands[0].data else ():
-            self._contracts("ragged_dot", view, self._letters(view, letters), flops, order)
+        for view, part in _parts(operands[1], shape) if operands[0].data and not operands[1].data else ():
+            self._contracts("ragged_dot", view, self._letters(view, letters), flops * part, order)
+        return []
 
     # ----------------------------------------------------------------------------------------- loops and branches
 
@@ -306,16 +369,21 @@ class Walk:
         self._count *= found.length or 1
         if found.length is None:
             self._refusal = "it is used in a loop of unknown length"
-        results, site = self.run(body, [self._inside(value) for value in constants + carry + each], number)
+        results, site = self.run(found.body, [self._inside(value) for value in constants + carry + each], number)
         self._count, self._refusal = before
-        final = [value if same else self.data() for value, same in zip(carry, kept, strict=True)]
+        final = [
+            value if same else self.data(value.behind | after.behind)
+            for value, after, same in zip(carry, results, kept, strict=False)
+        ]
         return [*final, *(self._merged(eqn, [value]) for value in results[found.carry :])], [site]
 
     def _carried(self, value: Value) -> Value:
         """What changes from one iteration to the next is taken for data."""
+        if value.data:
+            return self.data(value.behind)
         for view in value.views:
             self._use(view.leaf, "carried")
-        return self.data()
+        return self.data(frozenset([(-1, next(self._steps))]))
 
     def _inside(self, value: Value) -> Value:
         """A value as a loop or a branch sees it: what it gives a Gram matrix for, it does there."""
@@ -323,7 +391,7 @@ class Walk:
 
     def _cond(self, eqn: Equation, operands: list[Value]) -> tuple[list[Value], list[Site]]:
         """All branches are followed. (Their FLOPs all count.)"""
-        ways = [self.run(b.jaxpr, [self._inside(value) for value in operands[1:]]) for b in branches(eqn)]
+        ways = [self.run(b, [self._inside(value) for value in operands[1:]]) for b in branches(eqn)]
         results = [
             self._merged(eqn, [operands[0], *choices]) for choices in zip(*(way[0] for way in ways), strict=True)
         ]
@@ -334,7 +402,7 @@ class Walk:
         before = self._count, self._refusal
         self._count *= eqn.params["mesh"].size
         self._refusal = "it is used inside shard_map"
-        results, _ = self.run(opened(eqn.params["jaxpr"]).jaxpr, [self._inside(value) for value in operands])
+        results, _ = self.run(opened(eqn.params["jaxpr"]), [self._inside(value) for value in operands])
         self._count, self._refusal = before
         return [self._merged(eqn, [value]) for value in results], [], []
 
@@ -347,23 +415,22 @@ def _groups(outputs: Dim, groups: int, size: int) -> tuple[Dim, Dim] | None:
     return None if cut is None else (cut[0], cut[1])
 
 
-def _share(view: View, shape: tuple[int, ...]) -> float:
-    """How much of a value a view is: of a concatenation, a part."""
-    return min(math.prod(extent(dim) for dim in view.dims) / math.prod(shape), 1)
+def _parts(value: Value, shape: tuple[int, ...]) -> list[tuple[View, float]]:
+    """The views of a value, and how much of it each is: a part of a concatenation, and an equal one of a sum."""
+    shares = [min(math.prod(extent(dim) for dim in view.dims) / math.prod(shape), 1) for view in value.views]
+    return [(view, share / max(sum(shares), 1)) for view, share in zip(value.views, shares, strict=True)]
+
+
+def _constant(value: Any) -> Value:
+    """A value that the program knows."""
+    return Value(scalar=float(value)) if np.ndim(value) == 0 and np.isrealobj(value) else Value()
 
 
 def _replaced(dims: tuple[Dim, ...], index: int, dim: Dim) -> tuple[Dim, ...]:
     return (*dims[:index], dim, *dims[index + 1 :])
 
 
+_SCALING = frozenset(("mul", "div", "select_n"))
+_A_WEIGHT = Use("")  # in place of a look-up whose result is contracted
 # Data that one of these made of one value is the same value again.
 _RENUMBERED = frozenset(("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"))
-# Operations whose result has, in every place, what was made of the entries in that place.
-_ELEMENTWISE = frozenset().union(
-    ("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "pow", "integer_pow", "neg", "sign", "abs", "clamp"),
-    ("floor", "ceil", "round", "square", "sqrt", "rsqrt", "cbrt", "exp", "exp2", "log", "log1p", "expm1", "nextafter"),
-    ("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
-    ("logistic", "erf", "erfc", "erf_inv", "lgamma", "digamma", "select_n", "is_finite", "real", "imag", "copysign"),
-    ("and", "or", "xor", "not", "eq", "ne", "lt", "le", "gt", "ge", "dynamic_update_slice", "scatter"),
-    ("shift_left", "shift_right_arithmetic", "shift_right_logical"),
-)
