@@ -41,7 +41,7 @@ def absorb_mean(
 
 
 def _absorb(tiling: Tiling, w, mask) -> Float[Array, "..."]:
-    groups, kept = tiling.split(w.astype(jnp.promote_types(w.dtype, jnp.float32))), tiling.split(mask)
+    groups, kept = tiling.split(w.astype(jnp.float32 if jnp.finfo(w.dtype).bits < 32 else w.dtype)), tiling.split(mask)
     pruned = jnp.sum(jnp.where(kept, 0, groups), axis=0, keepdims=True)
     share = pruned / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True, dtype=groups.dtype), 1)
     return tiling.join(jnp.where(kept, groups + share, 0)).astype(w.dtype)

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 import jax
 from jaxtyping import Array, Bool, PyTree
 
-from nm_jax._core.rules import empty, path_of
+from nm_jax._core.paths import empty, located
 from nm_jax._masks.apply import apply_masks
 from nm_jax._masks.trees import masks_by_path
 from nm_jax._model._batches import argument_tuples
@@ -117,8 +117,5 @@ def adaprune(
 
 def _only(masks: PyTree[Array | None], paths: set[str]) -> PyTree[Array | None]:
     """The masks at some paths, `None` elsewhere."""
-
-    def keep(keys, mask):
-        return mask if path_of(keys) in paths else None
-
-    return jax.tree_util.tree_map_with_path(keep, masks, is_leaf=empty)
+    kept = [leaf.value if leaf.path in paths else None for leaf in located(masks, empty)]
+    return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=empty), kept)

@@ -1,6 +1,5 @@
 """Batch-norm tuning: the running statistics of a network, estimated anew after its weights have changed."""
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from nm_jax._core.rules import path_of
+from nm_jax._core.paths import located, map_located, words
 from nm_jax._model._batches import argument_tuples
 
 
@@ -53,10 +52,8 @@ def tune_batch_norm(
 
     def update_from(start: Callable[[Array], Array], inputs: tuple) -> dict[str, np.ndarray]:
         # A new tree each time: an update may write into the one it gets, as Flax NNX does.
-        def fill(keys, leaf):
-            return start(leaf) if _counts(path_of(keys)) else leaf
-
-        return _by_path(update(jax.tree_util.tree_map_with_path(fill, stats), *inputs))
+        filled = map_located(lambda path, leaf: start(leaf) if _counts(path) else leaf, stats)
+        return _by_path(update(filled, *inputs))
 
     averages: dict[str, np.ndarray] = {}
     decay: dict[str, np.ndarray] = {}
@@ -77,8 +74,7 @@ def tune_batch_norm(
     if not averages:
         raise ValueError("batches is empty: batch norm needs at least one to be tuned on")
 
-    def tuned(keys, old):
-        path = path_of(keys)
+    def tuned(path: str, old: Any) -> Any:
         if path not in averages:
             return old
         value = averages[path] / total
@@ -86,7 +82,7 @@ def tune_batch_norm(
             value = np.maximum(value - (averages[_mean_of(path)] / total) ** 2, 0)
         return jnp.asarray(value, old.dtype)
 
-    return jax.tree_util.tree_map_with_path(tuned, stats)
+    return map_located(tuned, stats)
 
 
 def _far(dtype: Any) -> float:
@@ -102,7 +98,7 @@ def _decay(near: np.ndarray, far: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _leaves(stats: PyTree[Array]) -> dict[str, Any]:
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stats)[0]}
+    return {leaf.path: leaf.value for leaf in located(stats)}
 
 
 def _by_path(stats: PyTree[Array]) -> dict[str, np.ndarray]:
@@ -111,7 +107,7 @@ def _by_path(stats: PyTree[Array]) -> dict[str, np.ndarray]:
 
 
 def _counts(path: str) -> bool:
-    return re.split("[/.]", path)[-1] in ("mean", "var")
+    return words(path)[-1] in ("mean", "var")
 
 
 def _mean_of(path: str) -> str:

@@ -123,7 +123,7 @@ def _reconstruct(w, gram, samples, mask, bias, layer: LayerMatrices, how: Minimi
 def _on_matrices(layer: LayerMatrices, how: Minimiser, w, gram, samples, mask, bias):
     """The fields of a `Reconstruction`."""
     moments = InputMoments.of(gram)
-    dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask != 0)
+    dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask.astype(bool))
     masked = jnp.where(kept, dense, 0)
     if how.method == "pcg":
         new, iterations = conjugate_gradients(dense, kept, moments, how)

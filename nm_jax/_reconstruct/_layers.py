@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from nm_jax._core.rules import empty, path_of
+from nm_jax._core.paths import empty, located, map_located
 from nm_jax._masks.apply import apply_masks
 from nm_jax._masks.trees import leaves_by_path, masks_by_path
 from nm_jax._model.gram import Gram
@@ -115,7 +114,7 @@ def each_layer(params, masks, grams: list[PyTree], held_out, biases: bool, on_la
         rows.append(row)
         if on_layer is not None:
             on_layer(row)
-    new = jax.tree_util.tree_map_with_path(lambda keys, _: now[path_of(keys)], params)
+    new = map_located(lambda path, _: now[path], params)
     return new, PruneReport(tuple(rows))
 
 
@@ -133,8 +132,7 @@ def _describe(row: PrunedLayer, records: list[Gram], found: Reconstruction) -> P
 
 def _records(tree: PyTree[Gram | None]) -> dict[str, Gram]:
     """The records by the path of their parameter."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Gram))[0]
-    return {path_of(keys): record for keys, record in nodes}
+    return {leaf.path: leaf.value for leaf in located(tree, lambda node: isinstance(node, Gram))}
 
 
 def _bias_beside(path: str, record: Gram, leaves: dict[str, Array]) -> str | None:

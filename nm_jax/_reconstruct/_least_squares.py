@@ -99,7 +99,8 @@ def adam(
     def step(state, k):
         new, moments = state
         gradient = jnp.where(kept, _matmul(h[k], new - dense), 0)
-        updates, moments = optimiser.update(gradient, moments)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            updates, moments = optimiser.update(gradient, moments)
         return (new + updates, moments), None
 
     start = jnp.where(kept, dense, 0)

@@ -86,7 +86,7 @@ def gram(
             keep = masks(*inputs) if callable(masks) else next(masks, None)
             if keep is None:
                 raise ValueError("row_mask has fewer arrays than there are batches; give one per batch")
-            keep = jnp.asarray(keep) != 0
+            keep = jnp.asarray(keep).astype(bool)
         if layout is None:
             layout = capture.layout(arrays, inputs)
             sums = layout.zeros()

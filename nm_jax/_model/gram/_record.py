@@ -68,7 +68,7 @@ class Gram:
         if mask is not None and mask.shape != x.shape[-2:-1]:
             raise ValueError(f"mask has shape {mask.shape}, but x {x.shape} has {x.shape[-2]} rows; give one per row")
         batch = tuple(range(x.ndim - 2))
-        moments = product_moments(x, (x.ndim - 1,), batch, None if mask is None else jnp.asarray(mask) != 0)
+        moments = product_moments(x, (x.ndim - 1,), batch, None if mask is None else jnp.asarray(mask).astype(bool))
         return cls(*moments, contraction)
 
     @classmethod
