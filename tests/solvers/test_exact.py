@@ -9,9 +9,10 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from nm_jax import TransposableNM, parse_pattern, solve
-from nm_jax._core.axes import Tiling
 from nm_jax.solvers import MinCostFlow
-from nm_jax.solvers.exact import Exact, _quantise, duality_gap
+from nm_jax.solvers._exact_descent import duality_gap
+from nm_jax.solvers._exact_grid import quantise
+from nm_jax.solvers.exact import Exact
 from tests.helpers import SCORES, best_by_enumeration, reference_blocks
 
 WHOLE = ["1:2-T", "2:4-T", "4:8-T", "8:16-T", pytest.param("16:32-T", marks=pytest.mark.slow)]
@@ -38,7 +39,7 @@ def grid_by_fractions(scores, unit):
 
 def unit_of(scores, pattern):
     """The spacing of the grid of each block."""
-    _, exponent = _quantise(jnp.asarray(scores, jnp.float32), pattern)
+    _, exponent = quantise(jnp.asarray(scores, jnp.float32), pattern)
     return 2.0 ** np.asarray(exponent, np.float64)
 
 
@@ -409,16 +410,6 @@ def test_too_large_blocks_are_refused():
     assert not Exact().supports(TransposableNM(20, 40))
     with pytest.raises(ValueError, match="does not solve 20:40-T"):
         Exact()(jnp.ones((40, 40, 1)), TransposableNM(20, 40))
-
-
-@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T-at-most"])
-def test_temporary_memory(pattern):
-    """Less than one and a half times the weights, from the matrix to its mask."""
-    pattern = parse_pattern(pattern)
-    weights = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
-    tiling = Tiling.of(weights.shape, "io", pattern)
-    masks = jax.jit(lambda w: tiling.join(Exact().solve(tiling.split(jnp.abs(w)), pattern)[0]))
-    assert masks.lower(weights).compile().memory_analysis().temp_size_in_bytes < 1.5 * 4 * 8192**2
 
 
 @pytest.mark.parametrize("pattern", ["1:16-T", pytest.param("31:32-T", marks=pytest.mark.slow)])
