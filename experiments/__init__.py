@@ -5,15 +5,16 @@
     python -m experiments report --write        # the tables of the documentation, from the results
 
 To add an experiment, write one file, here or in a folder; its path is its name (`bench/gram.py` is `bench/gram`), and
-having an `EXPERIMENT` is what makes it one: there is no list to add it to. The docstring is what the list shows.
+having an `EXPERIMENT` is what makes it one: there is no list to add it to. The docstring is what the list shows; of
+the paper it may show `none`, and with other data than `none` the test that runs every experiment leaves it out.
 
     '''What is shown, in one line.
 
     The paper, its setting, its figures; what to expect.
 
-    Paper: Table 2        (or: none)
+    Paper: Table 2
     Time: 2 minutes on 2 cores
-    Data: none            (or what it needs: then the test of all experiments leaves it out)
+    Data: none
     '''
 
     from experiments.harness import Experiment, Run, Table

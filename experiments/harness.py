@@ -59,7 +59,7 @@ class Table:
     def markdown(self) -> str:
         """For the documentation: the table alone."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+        return "\n".join("| " + " | ".join(_cell(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
     def rich(self) -> RichTable:
         """For the terminal."""

@@ -59,11 +59,12 @@ def optimiser(pattern: str | None, steps: int) -> optax.GradientTransformation:
     return tx
 
 
-def digits_task(steps: int, seed: int) -> Task:
+def digits_task(steps: int, seed: int, batch: int, tests: int | None) -> Task:
     """The same batches for every network: what else the machine does, it does to all of them."""
     train_images, test_images, train_labels, test_labels = digits.load()
+    test_images, test_labels = test_images[:tests], test_labels[:tests]
     network = DigitsNet()
-    chosen = batches.drawn(len(train_images), BATCH, steps, seed)
+    chosen = batches.drawn(len(train_images), batch, steps, seed)
     logits = jax.jit(network.apply)
 
     def accuracy(params, extra):
@@ -105,7 +106,8 @@ class Network:
 
 def train(run: Run, steps: int) -> list[Network]:
     """Trains all networks side by side."""
-    task = digits_task(steps, run.args.seed)
+    batch, tests = (8, 32) if run.quick else (BATCH, None)
+    task = digits_task(steps, run.args.seed, batch, tests)
     networks = [Network(task, p, steps, run.args.seed) for p in (PATTERNS[::3] if run.quick else PATTERNS)]
     text = TextColumn("loss {task.fields[loss]:.4f}  test accuracy {task.fields[accuracy]:.1%}")
     with run.progress(text) as progress:

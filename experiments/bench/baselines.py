@@ -94,7 +94,7 @@ def _round(plan, pattern: TransposableNM):
     def keep(k, mask):
         row, col = (line == index[None] for index in (order[k] // m, order[k] % m))
         full = (jnp.sum(mask, axis=1) == n) & row | (jnp.sum(mask, axis=0) == n) & col
-        return mask | (row[:, None] & col[None] & ~jnp.any(full, axis=0))
+        return mask | (row[:, None] & col[None] & ~jnp.any(full, axis=0)[None, None])
 
     return jax.lax.fori_loop(0, m * m, keep, jnp.zeros(plan.shape, bool))
 

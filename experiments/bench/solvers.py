@@ -260,13 +260,16 @@ def overhead(comparison: list[dict], quick: bool) -> list[dict]:
 
     task = Task(lambda key: (params, {}), loss, lambda number: x)
 
-    def step_seconds(tx: optax.GradientTransformation, refreshing: bool = False) -> float:
+    def steps(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
+        """A step that refreshes nothing, and one that does."""
         state, step = start(task, tx), make_step(task.loss, tx, donate=False)
-        if refreshing:
-            state = state._replace(opt_state=state.opt_state._replace(step=jnp.int32(REFRESH_EVERY - 1)))
-        return median_time(lambda: step(state, x), runs)
+        if not isinstance(state.opt_state, nm.SparseTrainingState):
+            return lambda: step(state, x), lambda: step(state, x)
+        due = state._replace(opt_state=state.opt_state._replace(step=jnp.int32(REFRESH_EVERY - 1)))
+        return lambda: step(state, x), lambda: step(due, x)
 
     plain = optax.adamw(1e-3)
+    plain_step, _ = steps(plain)
     of = ("Gaussian", "4:8-T")
     rates = {row["method"]: row["blocks_per_s"] for row in comparison if (row["weights"], row["pattern"]) == of}
     rows = []
@@ -278,12 +281,13 @@ def overhead(comparison: list[dict], quick: bool) -> list[dict]:
         ("Greedy (2-approximation, completed)", Greedy()),
         ("Exact", Exact()),
     ):
-        plain_seconds = step_seconds(plain)
+        plain_seconds = median_time(plain_step, runs)
         if solver is None:
             refresh_seconds, how = layers * (size // 8) ** 2 / rates[method], "from its rate"
         else:
             tx = nm.sparse_training(plain, [("layer", "4:8-T")], refresh_every=REFRESH_EVERY, solver=solver)
-            refresh_seconds, how = step_seconds(tx, refreshing=True) - step_seconds(tx), "measured"
+            resting, refreshing = (median_time(step, runs) for step in steps(tx))
+            refresh_seconds, how = refreshing - resting, "measured"
         rows.append(
             {
                 "method": method,

@@ -75,8 +75,8 @@ def apply(params: dict, x: jax.Array) -> jax.Array:
     """The network's output."""
     *hidden, last = params.values()
     for layer in hidden:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ last["kernel"] + last["bias"]
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ last["kernel"] + last["bias"][None]
 
 
 def regression(model: Model) -> Task:
