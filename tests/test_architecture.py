@@ -104,3 +104,33 @@ def test_the_library_needs_only_its_dependencies():
     for path in ROOT.rglob("*.py"):
         extra = {"click", "rich"} if path.parent.name == "cli" else set()
         assert {m.split(".")[0] for m in imports(path)} - standard <= allowed | extra, path.name
+
+
+EXPERIMENTS = sorted((ROOT.parent / "experiments").rglob("*.py"))
+
+
+def test_experiments_use_the_public_api_alone():
+    assert EXPERIMENTS
+    public = {"nm_jax", "nm_jax.solvers", "nm_jax.matmul"}
+    for path in EXPERIMENTS:
+        tree = ast.parse(path.read_text())
+        for module in imports(path):
+            if module.split(".")[0] == "nm_jax":
+                known = module in public or (module.count(".") == 1 and not module.startswith("nm_jax._"))
+                assert known and module.split(".")[-1] in {"nm_jax", *dir(nm_jax)}, f"{path.name} imports {module}"
+        private = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("_")]
+        reached = [a for a in private if a in {"_core", "_masks", "_model", "_training", "_reconstruct"}]
+        assert not reached, f"{path.name} reaches for {reached}"
+
+
+def test_networks_and_data_know_nothing_of_pruning():
+    for folder in ("data", "networks"):
+        for path in EXPERIMENTS:
+            if path.parent.name == folder:
+                assert not [m for m in imports(path) if m.startswith("nm_jax")], path.name
+
+
+def test_experiments_do_not_train_by_themselves():
+    """`experiments/train.py` has the only step of an optimiser."""
+    loops = [path.name for path in EXPERIMENTS if "apply_updates" in path.read_text()]
+    assert loops == ["train.py"]
