@@ -4,6 +4,7 @@ A process compiles Mosaic kernels for one architecture only: after the first it 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import multiprocessing
@@ -16,10 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax._src import xla_bridge
 from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import launch_context
 from jax.sharding import SingleDeviceSharding
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
 
 from nm_jax.matmul import ampere, hopper, nm_matmul
 from nm_jax.matmul._compress import SparseMatrix
+from tests.matmul.hopper_machine import Descriptor
 
 # What the compiler asks of a GPU that is not there.
 TARGET = """
@@ -78,11 +83,13 @@ HALVES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Text of a compiled program, and PTX and report of the assembler for each of its Mosaic kernels."""
+    """Text of a compiled program; PTX and report of the assembler for each of its Mosaic kernels; the TMA descriptors
+    that they are given."""
 
     text: str
     ptx: list[str]
     reports: list[str]
+    descriptors: list[Descriptor]
 
 
 def missing():
@@ -139,7 +146,45 @@ def _compile(device, function, *arguments):
     here = SingleDeviceSharding(device)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-        with jax.default_device(device):  # where Pallas looks for the architecture
+        # The default device is where Pallas looks for the architecture.
+        with jax.default_device(device), recorded_descriptors() as descriptors:
             compiled = jax.jit(function, in_shardings=here, out_shardings=here).lower(*arguments).compile()
         texts = {kind: [path.read_text() for path in sorted(pathlib.Path(folder).glob(kind))] for kind in DUMPS}
-    return Compiled(compiled.as_text(), *texts.values())
+    return Compiled(compiled.as_text(), *texts.values(), descriptors)
+
+
+@contextlib.contextmanager
+def recorded_descriptors():
+    """Notes every TMA descriptor that Mosaic makes, in the order in which a kernel's parameter holds them."""
+    original, found = launch_context.LaunchContext._get_tma_desc, []
+
+    def record(self, gmem_ref, transforms, peer, box, swizzle, *rest, **options):
+        before = len(self.tma_descriptors)
+        made = original(self, gmem_ref, transforms, peer, box, swizzle, *rest, **options)
+        if len(self.tma_descriptors) > before:
+            kind = ir.MemRefType(launch_context._find_kernel_argument_for_gmem_ref(gmem_ref).type)
+            cut = _transformed(kind, transforms)
+            width = 16 if swizzle is None else int(swizzle)
+            strides = tuple(cut.get_strides_and_offset()[0])
+            found.append(Descriptor(str(kind.element_type), tuple(cut.shape), strides, width, tuple(box)))
+        return made
+
+    launch_context.LaunchContext._get_tma_desc = record
+    try:
+        yield found
+    finally:
+        launch_context.LaunchContext._get_tma_desc = original
+
+
+def _transformed(kind, transforms):
+    """The type of an array after transforms, which know it only of programs: of one that is thrown away."""
+    types = []
+    with ir.InsertionPoint(ir.Module.create(ir.Location.unknown()).body):
+
+        @func.FuncOp.from_py_func(kind)
+        def probe(ref):
+            for transform in transforms:
+                ref = transform.apply(ref)
+            types.append(ir.MemRefType(ref.type))
+
+    return types[0]

@@ -33,6 +33,7 @@ COMPARISONS = {
     "gt": operator.gt,
     "ge": operator.ge,
 }
+LOGIC = {"and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.invert}
 SHARED_BYTES = 164 * 1024
 LANE = np.arange(32)
 G, T = LANE >> 2, LANE & 3
@@ -185,9 +186,17 @@ class Block:
             return self.value(operands[0], int(parts[1][1:])).astype(UNSIGNED[int(parts[0][1:])])
         if name == "cvt" and parts == ["s64", "s32"]:
             return self.signed(operands[0], 32).astype(np.int64).view(np.uint64)
+        if name == "bfe":
+            return self.bit_field(kind, bits, *operands)
+        if kind == "pred":
+            return LOGIC[name](*(self.registers[operand] for operand in operands))
         if name == "setp":
             read = self.signed if kind.startswith("s") else self.value
-            return COMPARISONS[parts[0]](read(operands[0], bits), read(operands[1], bits))
+            found = COMPARISONS[parts[0]](read(operands[0], bits), read(operands[1], bits))
+            if len(parts) == 2:
+                return found
+            other = self.registers[operands[2].lstrip("!")]
+            return LOGIC[parts[1]](found, ~other if operands[2].startswith("!") else other)
         if name == "selp":
             return np.where(self.registers[operands[2]], self.value(operands[0], bits), self.value(operands[1], bits))
         if name == "mul" and parts[0] == "wide":
@@ -198,9 +207,24 @@ class Block:
         if name == "mad" and parts[0] == "lo":
             first, second, third = (self.value(operand, bits) for operand in operands)
             return first * second + third
-        if name in ARITHMETIC and (name not in ("shr", "min") or not kind.startswith("s")):
+        if name == "mul" and parts[0] == "lo":
+            return self.value(operands[0], bits) * self.value(operands[1], bits)
+        if name in ("shr", "min") and kind.startswith("s"):
+            return ARITHMETIC[name](self.signed(operands[0], bits), self.signed(operands[1], bits)).view(UNSIGNED[bits])
+        if name in ARITHMETIC:
             return ARITHMETIC[name](self.value(operands[0], bits), self.value(operands[1], bits))
         raise NotImplementedError(f"{opcode} {', '.join(operands)}")
+
+    def bit_field(self, kind, bits, operand, start, length):
+        """So many bits from a start on; of a signed kind, the last of them is the sign."""
+        value, start, length = self.value(operand, bits), int(start), int(length)
+        if not 0 < length <= bits - start:
+            raise NotImplementedError(f"bfe of {length} bits from {start} on")
+        field = value >> value.dtype.type(start) & value.dtype.type((1 << length) - 1)
+        if kind.startswith("u"):
+            return field
+        left = SIGNED[bits](bits - length)
+        return (field.view(SIGNED[bits]) << left >> left).view(value.dtype)
 
     def barrier(self):
         for where, data in self.landed:

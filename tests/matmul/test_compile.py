@@ -3,6 +3,7 @@
 pip install -e '.[test,gpu-compile]' && python -m pytest -m gpu_compile -n 0
 """
 
+import functools
 import re
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from nm_jax.matmul import ampere, hopper
 from nm_jax.matmul._fragments import lane_words
-from tests.matmul import cases, compiling, ptx
+from tests.matmul import cases, compiling, hopper_machine, hopper_warp, ptx
 
 pytestmark = pytest.mark.gpu_compile
 
@@ -31,10 +32,12 @@ def workers():
         yield {"a100": a100, "h100": h100}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiled(workers):
-    """Runs a function of `compiling` for a GPU."""
-    return lambda function, gpu, *arguments: workers[gpu].submit(function, gpu, *arguments).result(timeout=300)
+    """Runs a function of `compiling` for a GPU, once: Mosaic shows its PTX the first time only."""
+    return functools.cache(
+        lambda function, gpu, *arguments: workers[gpu].submit(function, gpu, *arguments).result(timeout=300)
+    )
 
 
 def assert_no_spills(report):
@@ -65,6 +68,91 @@ def test_hopper(compiled, config, half):
     assert_no_spills(report)
 
 
+def problem(tokens, rows, k, half):
+    """(weights, values, words of metadata, x): A with all pairs of patterns."""
+    dtype = np.dtype(compiling.HALVES[half])
+    weights, mask = cases.all_pairs(rows, k)
+    weights = np.where(mask, weights.astype(dtype), 0)
+    x = np.random.default_rng(1).normal(size=(tokens, k)).astype(np.float32).astype(dtype)
+    return weights, weights[mask].reshape(rows, k // 2), jnp.asarray(cases.words(mask)), x
+
+
+def assert_right(y, weights, x):
+    """Sums in float32, rounded once."""
+    expected, found = x.astype(np.float32) @ weights.astype(np.float32).T, y.astype(np.float32)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, rtol=float(ml_dtypes.finfo(y.dtype).eps), atol=1e-4)
+
+
+def hopper_sizes(config):
+    """Two tiles of tokens, so that every block has a neighbour, and stages enough to wrap around once."""
+    return 2 * config.tile_tokens, 128 * config.cluster, config.tile_k * (config.stages + 1)
+
+
+def run_hopper(compiled, config, half, edit=lambda program: program, seeds=(0,), **options):
+    """Runs what was compiled for an H100, edited or not; raises where a result is wrong or a race is possible."""
+    tokens, rows, k = hopper_sizes(config)
+    found = compiled(compiling.product, "h100", config, tokens, rows, k, half)
+    [program] = found.ptx
+    weights, values, metadata, x = problem(tokens, rows, k, half)
+    arrays = [np.array(values), np.array(lane_words(metadata, hopper.WARPS)), x]
+    for seed in seeds:
+        y = np.full((tokens, rows), np.nan, x.dtype)
+        machine = hopper_machine.Machine(edit(program), found.descriptors, [*arrays, y], seed, **options)
+        machine.run(tokens // config.tile_tokens, hopper_warp.Warp)
+        assert_right(y, weights, x)
+        assert (machine.written == 1).all(), "an entry is written twice, or never"
+
+
+@pytest.mark.parametrize("config", HOPPER_CONFIGS, ids=str)
+def test_hopper_ptx_gives_the_product(compiled, config):
+    """Every instruction that an H100 would run, in random order of warps and copies."""
+    half = "f16" if config.in_flight else "bf16"
+    run_hopper(compiled, config, half, seeds=(0, 1) if config.tile_tokens == 64 else (0,))
+
+
+def replaced(pattern, by, count=0):
+    return lambda program: re.sub(pattern, by, program, count=count, flags=re.DOTALL)
+
+
+SMALL = hopper.Config(tile_tokens=64, stages=2)
+FLYING = hopper.Config(tile_tokens=64, stages=3, in_flight=1)
+CLUSTER = hopper.Config(tile_tokens=64, stages=2, cluster=2)
+NEXT_BARRIER = r".*?bar\.sync\s+%r\d+, 128;"
+FAULTS = {
+    "products are not waited for": (
+        SMALL,
+        replaced(r"wgmma\.wait_group\.sync\.aligned\s+0", "wgmma.wait_group.sync.aligned 1"),
+    ),
+    "no fence before the store": (SMALL, replaced(r"fence\.proxy\.async\.shared::cta;", "")),
+    "the other half of the metadata": (SMALL, replaced(r", 1, add, 1, 1, 0, 0", ", 0, add, 1, 1, 0, 0")),
+    "no barrier after the fence": (SMALL, replaced(rf"(fence\.proxy\.async\.shared::cta;){NEXT_BARRIER}", r"\1", 1)),
+    "the last store is not waited for": (SMALL, replaced(r"cp\.async\.bulk\.wait_group\s+0;", "")),
+    "lanes of the transposition": (SMALL, replaced(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 4,", r"\1, 8,", 1)),
+    "the last products are not waited for": (FLYING, replaced(r"wgmma\.wait_group\.sync\.aligned\s+0;", "")),
+    "X is not shared": (CLUSTER, replaced(r"(mov\.b16\s+%rs\d+), 3;", r"\1, 1;")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_interpreter_notices(compiled, fault):
+    config, edit = FAULTS[fault]
+    changed = []
+
+    def noted(program):
+        changed.append(edit(program) != program)
+        return edit(program)
+
+    with pytest.raises((hopper_machine.Race, AssertionError, KeyError)):
+        run_hopper(compiled, config, "f16", noted, seeds=range(6))
+    assert changed and all(changed), "the fault was not planted"
+
+
+def test_the_interpreter_notices_shared_memory_that_is_not_aligned(compiled):
+    with pytest.raises(hopper_machine.Race, match="not aligned to its swizzle"):
+        run_hopper(compiled, SMALL, "f16", base_address=1024 + 512)
+
+
 @old_for_ampere
 @pytest.mark.parametrize("half", ["bf16", "f16"])
 def test_ampere(compiled, half):
@@ -82,20 +170,13 @@ def test_ampere_ptx_gives_the_product(compiled, config, half):
     """Every instruction that an A100 would run, on metadata with all pairs of patterns."""
     tokens, rows, k = 256, 256, 640
     [program] = compiled(compiling.product, "a100", config, tokens, rows, k, half).ptx
-    dtype = np.dtype(compiling.HALVES[half])
-    weights, mask = cases.all_pairs(rows, k)
-    weights = np.where(mask, weights.astype(dtype), 0)
-    x = np.random.default_rng(1).normal(size=(tokens, k)).astype(np.float32).astype(dtype)
-    words = lane_words(ampere.reorder(jnp.asarray(cases.words(mask))), 8)
-    values = ampere.reorder(jnp.asarray(weights[mask].reshape(rows, k // 2)))
-
-    y = np.full((tokens, rows), np.nan, dtype)
-    buffers = [np.array(words), np.array(values), x, y]  # in the order of the kernel's parameters
-    counts = ptx.run(program, buffers, blocks=4)
+    weights, values, metadata, x = problem(tokens, rows, k, half)
+    words = lane_words(ampere.reorder(metadata), ampere.WORD_WARPS)
+    y = np.full((tokens, rows), np.nan, x.dtype)
+    # In the order of the kernel's parameters.
+    counts = ptx.run(program, [np.array(words), np.array(ampere.reorder(jnp.asarray(values))), x, y], blocks=4)
     assert counts["mma"] == 4 * (k // 32) * 32  # 4 blocks; a warp's 64 x 64 takes 32 instructions
-    expected, found = x.astype(np.float32) @ weights.astype(np.float32).T, y.astype(np.float32)
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, expected, rtol=float(ml_dtypes.finfo(dtype).eps), atol=1e-4)
+    assert_right(y, weights, x)
 
 
 @pytest.mark.parametrize("gpu", GPUS)

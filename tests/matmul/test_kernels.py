@@ -128,6 +128,24 @@ def test_interpreter_shows_a_copy_after_wait_and_barrier():
         assert run_ptx(COPY, *too_little, READ) == GARBAGE
 
 
+@pytest.mark.parametrize(
+    ("instruction", "found"),
+    [
+        ("mov.b32 %r2, 0xA5; bfe.u32 %r1, %r2, 4, 4;", 0xA),
+        ("mov.b32 %r2, 0xA5; bfe.s32 %r1, %r2, 4, 4;", 0xFFFFFFFA),
+        ("mov.b32 %r2, 0x25; bfe.s32 %r1, %r2, 4, 4;", 2),
+        ("mov.b32 %r2, 0xFFFFFFF0; shr.s32 %r1, %r2, 2;", 0xFFFFFFFC),
+        ("mov.b32 %r2, 0xFFFFFFF0; shr.u32 %r1, %r2, 2;", 0x3FFFFFFC),
+        ("mov.b32 %r2, -3; min.s32 %r1, %r2, 2;", 0xFFFFFFFD),
+        ("mov.b32 %r2, 70000; mul.lo.s32 %r1, %r2, %r2;", 70000**2 % 2**32),
+        ("mov.b32 %r2, 5; setp.eq.s32 %p1, %r2, 5; setp.lt.and.s32 %p2, %r2, 9, %p1; selp.b32 %r1, 1, 2, %p2;", 1),
+        ("mov.b32 %r2, 5; setp.eq.s32 %p1, %r2, 5; not.pred %p2, %p1; selp.b32 %r1, 1, 2, %p2;", 2),
+    ],
+)
+def test_interpreter_of_integers(instruction, found):
+    assert run_ptx(instruction) == found
+
+
 def test_interpreter_refuses_a_copy_onto_what_may_still_be_read():
     assert run_ptx(READ, BARRIER, COPY) == GARBAGE
     with pytest.raises(RuntimeError, match="read since the last barrier"):
