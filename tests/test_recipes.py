@@ -12,6 +12,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 import nm_jax
 
 ROOT = pathlib.Path(nm_jax.__file__).parent.parent
@@ -118,3 +120,38 @@ def test_a_pattern(tmp_path):
     passed = project.test("toy", "tests/solvers/test_contract.py", "tests/core")
     for promise in ("feasible", "brute_force", "nan", "jit_and_vmap", "padding", "listed_masks", "promises"):
         assert any(promise in name and "toy" in name for name in passed), promise
+
+
+def test_a_matmul_implementation(tmp_path):
+    """The recipe in `nm_jax/matmul/menu.py`."""
+    project = Project(tmp_path, "experiments")
+    path = "nm_jax/matmul/toy.py"
+    project.write(
+        path,
+        '''
+        """A product of one row of A at a time."""
+
+        import jax.numpy as jnp
+
+        from nm_jax.matmul._compress import to_dense
+
+
+        def supports(product, device):
+            del device
+            return None if product.dtype == jnp.bfloat16 else "it was made for bfloat16"
+
+
+        def product(a, x):
+            rows = [jnp.sum(x.astype(jnp.float32) * row[None], axis=-1) for row in to_dense(a).astype(jnp.float32)]
+            return jnp.stack(rows, axis=-1).astype(x.dtype)
+        ''',
+    )
+    project.insert("nm_jax/matmul/menu.py", "from nm_jax.matmul import ampere", "from nm_jax.matmul import toy\n")
+    toy = 'Implementation("toy", toy.supports, toy.product, is_kernel=False),\n'
+    project.insert("nm_jax/matmul/menu.py", 'Implementation("reference"', toy)
+    passed = project.test("toy", "tests/matmul/test_contract.py")
+    for promise in ("weight_gradient", "36_pairs", "poison", "infinity", "vmapped"):
+        assert any(promise in name for name in passed), promise
+    project.insert(path, "return jnp.stack", "rows[0] += 1\n")
+    with pytest.raises(AssertionError, match="test_forward_input_gradient"):
+        project.test("toy", "tests/matmul/test_contract.py")
