@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from nm_jax._core.axes import matrix_groups
+from nm_jax._core.axes import matrix_groups, same_groups
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
+from nm_jax._core.rules import DenseLeaf, KnowsAxes, Rules, SparseLeaf, empty, resolve
 from nm_jax._core.sharding import partitioned
 from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._masks.trees import dense_leaves, leaves_by_path
@@ -20,7 +21,7 @@ from nm_jax.solvers import Proof
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    meta_fields=("leaf",),
+    meta_fields=("leaf", "judged"),
     data_fields=("ok", "kept", "contraction", "output", "retained", "against_unstructured", "nan", "proof"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LeafReport:
 
     Attributes:
       leaf: path, shape, pattern and axes.
-      ok: whether no tile breaks the pattern.
+      ok: whether no tile breaks the pattern, and no judge says that the axes are others.
       kept: fraction of nonzero (or, of a mask, True) entries.
       contraction: most kept entries in a group of m along the contraction axis; `None` for unstructured patterns.
       output: most kept entries in a group of m along the output axis, that is in W^T.
@@ -38,6 +39,7 @@ class LeafReport:
         Fig. 3b).
       nan: whether the scores of the mask had NaN (from `compute_masks`).
       proof: what is proved of the mask (from `compute_masks`).
+      judged: what a judge of the axes has against them, or `""`.
     """
 
     leaf: SparseLeaf
@@ -49,6 +51,7 @@ class LeafReport:
     against_unstructured: Float[Array, ""] | None = None
     nan: Bool[Array, ""] | None = None
     proof: Proof | None = None
+    judged: str = ""
 
     @property
     def path(self) -> str:
@@ -70,12 +73,13 @@ class LeafReport:
             cells |= {"W": f"{int(self.contraction)}/{m}", "W^T": f"{int(self.output)}/{m}"}
         if self.retained is not None:
             cells |= {"retained": _percent(self.retained), "of US": _percent(self.against_unstructured)}
-        remarks = [] if self.ok else [f"VIOLATES {pattern}"]
+        remarks = [] if self.ok or self.judged else [f"VIOLATES {pattern}"]
+        remarks += [self.judged] if self.judged else []
         if self.nan is not None and self.nan:
             remarks.append("scores had NaN")
         if self.proof is not None:
             remarks.append(self.proof.remark())
-        return cells | {"remark": ", ".join(filter(None, remarks))}
+        return cells | {"remark": ", ".join(filter(None, remarks)), "axes by": self.leaf.source}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("rows",), meta_fields=("dense",))
@@ -122,6 +126,7 @@ def verify(
     *,
     dense: PyTree[Array] | None = None,
     partial: str = "skip",
+    judge: KnowsAxes | None = None,
 ) -> Report:
     """Checks that parameters (their nonzeros) or masks have the pattern that the rules say, leaf by leaf.
 
@@ -130,16 +135,21 @@ def verify(
       rules: the rules they were made with.
       dense: the dense weights, for the retained magnitude.
       partial: as in `compute_masks`.
+      judge: a plan or a trace of the model (`nm_jax.plan`, `nm_jax.trace`). The same rules repeat their own mistakes: a
+        mask along a wrong axis has its pattern along that axis. A judge knows the axes from the model; where the rules
+        group a leaf otherwise, or one that the model does not contract, the leaf is not ok.
 
     Returns:
       A report: `.ok`, a row per leaf, and a readable table as its string. A pattern holds when no group keeps *more*
-      than n; along both axes where it is transposable. Works under `jit`.
+      than n; along both axes where it is transposable. Each row says on what its axes rest. Works under `jit`.
+      Quantised weights (int8) are taken as they are.
 
     Raises:
       ValueError: for rules that do not fit the tree.
     """
     originals = {} if dense is None else leaves_by_path(dense)
-    leaves = resolve(params_or_masks, rules, partial)
+    leaves = resolve(params_or_masks, rules, partial, floating=False)
+    known = None if judge is None else judge.known_axes()
     rows = []
     for leaf, value in zip(leaves, jax.tree.leaves(params_or_masks), strict=True):
         if isinstance(leaf, SparseLeaf):
@@ -148,8 +158,21 @@ def verify(
                 original = None
             elif jnp.shape(original) != leaf.shape:
                 raise ValueError(f"{leaf.path}: dense has shape {jnp.shape(original)}, the leaf has {leaf.shape}")
-            rows.append(report_leaf(leaf, value, original))
+            row = report_leaf(leaf, value, original)
+            judged = "" if known is None else _judged(leaf, known)
+            ok = jnp.logical_and(row.ok, not judged)
+            rows.append(dataclasses.replace(row, leaf=leaf, ok=ok, judged=judged))
     return Report(rows, dense_leaves(leaves))
+
+
+def _judged(leaf: SparseLeaf, known: Mapping[str, tuple[str | None, str]]) -> str:
+    """What a judge has against the axes of a leaf."""
+    if leaf.path not in known:
+        raise ValueError(f"the judge knows no {leaf.path}; plan or trace the model that has these parameters")
+    axes, reason = known[leaf.path]
+    if axes is None:
+        return f"by the judge {reason}"
+    return "" if same_groups(leaf.shape, leaf.axes, axes, leaf.pattern) else f"WRONG AXES: {axes} by the judge"
 
 
 @functools.partial(jax.jit, static_argnums=0)
