@@ -50,10 +50,15 @@ def located(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Loc
     return found
 
 
-def map_located(function: Callable[[str, Any], T], tree: Any) -> Any:
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    return {leaf.path: leaf.value for leaf in located(tree, is_leaf)}
+
+
+def map_located(function: Callable[[str, Any], T], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """A tree of `function(path, leaf)`."""
-    mapped = [function(leaf.path, leaf.value) for leaf in located(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree), mapped)
+    mapped = [function(leaf.path, leaf.value) for leaf in located(tree, is_leaf)]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf), mapped)
 
 
 def words(path: str) -> list[str]:

@@ -16,7 +16,7 @@ frameworks whose axes have two readings are an error, which names all of them an
 import abc
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -28,7 +28,6 @@ from nm_jax._core.axes import Tiling, check_axes
 from nm_jax._core.modules import by_class
 from nm_jax._core.names import Siblings, by_name
 from nm_jax._core.paths import Located, located, words
-from nm_jax._core.paths import empty as empty
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax._core.verdicts import Doubt, Known, Stays, Verdict, settled
 
@@ -114,15 +113,6 @@ Leaf: TypeAlias = SparseLeaf | DenseLeaf
 
 
 _LISTED = 12  # paths named in an error
-
-
-def path_of(keys: Iterable[Any]) -> str:
-    """'/'-joined keys of a leaf, without a leading `params` and without the trailing attribute `value`."""
-    keys = tuple(keys)
-    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    names = jax.tree_util.keystr(keys, simple=True, separator="/")
-    return names.removeprefix("params/")
 
 
 def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:

@@ -1,10 +1,9 @@
 """Applying masks to parameters."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from nm_jax._core.rules import empty, path_of
+from nm_jax._core.paths import empty, map_located
 from nm_jax._masks.trees import leaves_by_path
 
 
@@ -23,8 +22,7 @@ def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None])
     dense = [path for path, mask in by_path.items() if empty(mask)]
     known = set()
 
-    def apply(keys, param):
-        path = path_of(keys)
+    def apply(path, param):
         if path not in by_path and any(path.startswith(f"{above}/") for above in dense):
             return param
         if path not in by_path:
@@ -37,7 +35,7 @@ def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None])
             raise ValueError(f"{path}: the mask has shape {jnp.shape(mask)}, the parameter has {jnp.shape(param)}")
         return jnp.where(mask, param, 0)
 
-    masked = jax.tree_util.tree_map_with_path(apply, params)
+    masked = map_located(apply, params)
     for path, mask in by_path.items():
         if path not in known and not empty(mask):
             raise ValueError(f"masks has an entry for {path}, which is not among the parameters")

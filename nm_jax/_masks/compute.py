@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from nm_jax._core.rules import Rules, SparseLeaf, empty, resolve
+from nm_jax._core.paths import empty
+from nm_jax._core.rules import Rules, SparseLeaf, resolve
 from nm_jax._core.sharding import by_mesh
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._masks.trees import dense_leaves, fill, leaves_by_path

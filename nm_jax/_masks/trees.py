@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
+from nm_jax._core.paths import by_path, empty
 from nm_jax._core.patterns import Pattern
-from nm_jax._core.rules import DenseLeaf, Leaf, LeafRules, SparseLeaf, empty, path_of
+from nm_jax._core.rules import DenseLeaf, Leaf, LeafRules, SparseLeaf
 
 
 def fill(treedef: Any, leaves: Sequence[Leaf], values: Iterable[Any], otherwise: Any) -> PyTree:
@@ -23,8 +23,7 @@ def dense_leaves(leaves: Sequence[Leaf]) -> tuple[DenseLeaf, ...]:
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by their path, nodes that stand for 'no leaf here' included. Containers do not matter, so
     that the masks in the state of an optimiser fit the parameters of any framework."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
-    return {path_of(keys): leaf for keys, leaf in nodes}
+    return by_path(tree, is_leaf=empty)
 
 
 def masks_by_path(masks: PyTree) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nm_jax._core.axes import matrix_groups, same_groups
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.rules import DenseLeaf, KnowsAxes, Rules, SparseLeaf, empty, resolve
+from nm_jax._core.paths import empty
+from nm_jax._core.rules import DenseLeaf, KnowsAxes, Rules, SparseLeaf, resolve
 from nm_jax._core.sharding import partitioned
 from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._masks.trees import dense_leaves, leaves_by_path

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.rules import empty, path_of
+from nm_jax._core.paths import empty, map_located
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax._training.state import RefreshStats, SparseTrainingState
 
@@ -152,8 +152,7 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
             return state
         kept = leaves_by_path(state.masks)
 
-        def value(keys, dense):
-            path = path_of(keys)
+        def value(path, dense):
             if empty(edited.get(path)):
                 raise ValueError(f"params has no leaf {path}, which the state holds dense weights for")
             param = edited[path]
@@ -161,7 +160,7 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
                 raise ValueError(f"{path}: params has shape {jnp.shape(param)}, the state has {dense.shape}")
             return jnp.where(kept[path] | nonzero(param), param.astype(dense.dtype), dense)
 
-        return state._replace(dense=jax.tree_util.tree_map_with_path(value, state.dense))
+        return state._replace(dense=map_located(value, state.dense))
 
     _states(opt_state)  # raises where there is none
     return jax.tree.map(reseed, opt_state, is_leaf=lambda node: isinstance(node, SparseTrainingState))
@@ -201,14 +200,13 @@ def _like(params: PyTree, tree: PyTree, what: str) -> PyTree:
     """
     entries = {path: entry for path, entry in leaves_by_path(tree).items() if not empty(entry)}
 
-    def entry_of(keys, param):
-        path = path_of(keys)
+    def entry_of(path, param):
         entry = entries.pop(path, None)
         if entry is not None and entry.shape != jnp.shape(param):
             raise ValueError(f"{path}: the state has {what} of shape {entry.shape}, params has {jnp.shape(param)}")
         return entry
 
-    found = jax.tree_util.tree_map_with_path(entry_of, params)
+    found = map_located(entry_of, params)
     for path in entries:
         raise ValueError(f"the state has {what} for {path}, which is not among params; give the tree that init had")
     return found

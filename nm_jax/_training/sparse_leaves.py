@@ -8,7 +8,8 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from nm_jax._core.rules import Leaf, Rules, SparseLeaf, empty, resolve
+from nm_jax._core.paths import empty
+from nm_jax._core.rules import Leaf, Rules, SparseLeaf, resolve
 from nm_jax._masks.trees import fill, leaves_by_path
 
 

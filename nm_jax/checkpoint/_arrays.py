@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.nonzero import nonzero
-from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, empty, resolve
+from nm_jax._core.paths import empty
+from nm_jax._core.rules import DenseLeaf, Rules, SparseLeaf, resolve
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax.checkpoint import _records as records
 from nm_jax.checkpoint._folder import written_beside

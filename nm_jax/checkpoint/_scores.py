@@ -5,11 +5,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from nm_jax._core.rules import Leaf, SparseLeaf, path_of
+from nm_jax._core.paths import by_path
+from nm_jax._core.rules import Leaf, SparseLeaf
 from nm_jax._model.gram import Gram
 from nm_jax.checkpoint._folder import written_beside
 from nm_jax.checkpoint._store import Checkpoint
@@ -46,8 +46,8 @@ def save_scores(path: str | os.PathLike, scores: PyTree[Array | Gram | None]) ->
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023).
     """
-    nodes = jax.tree_util.tree_flatten_with_path(scores, is_leaf=lambda node: isinstance(node, Gram))[0]
-    arrays = {path_of(keys): _array(path_of(keys), node) for keys, node in nodes}
+    nodes = by_path(scores, is_leaf=lambda node: isinstance(node, Gram))
+    arrays = {path: _array(path, node) for path, node in nodes.items()}
     sizes = [(name, "F32", array.shape, array.nbytes) for name, array in arrays.items()]
     with written_beside(Path(path)) as beside, TensorWriter(beside, header_size(sizes, {})) as writer:
         for name, array in arrays.items():

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx, struct
 
+import nm_jax as nm
 from nm_jax._core.paths import empty, located, map_located, words
 
 W = jnp.ones((2, 3))
@@ -76,3 +77,15 @@ def test_two_leaves_with_one_path_are_an_error(tree):
 
 def test_flat_names_are_dotted():
     assert words("layers.0.weight") == words("layers/0/weight") == ["layers", "0", "weight"]
+
+
+def test_an_attribute_called_value_keeps_its_name_in_training():
+    """Its masks and its dense weights are found under the path that the rules see."""
+    params = {"a": Named(jax.random.normal(jax.random.key(0), (8, 8))), "b": jnp.ones(3)}
+    tx = nm.sparse_training(optax.sgd(0.1), [("a/value$", "2:4")])
+    state = tx.init(params)
+    sparse = nm.sparse_params(state, params)
+    assert nm.verify(sparse, [("^a/value$", "2:4")]).ok
+    assert nm.dense_params(state, params)["a"].value.tolist() == params["a"].value.tolist()
+    plan = nm.plan(lambda p, x: x @ p["a"].value, params, jnp.ones((1, 8)), pattern="2:4", first="2:4", last="2:4")
+    assert nm.verify(sparse, plan).ok
