@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from nm_jax._core.nonzero import AnyArray
 from nm_jax._core.patterns import Pattern
 
 
@@ -98,7 +99,7 @@ class Tiling:
         layouts this moves nothing."""
         return self._matrix(leaf).reshape(-1, self.rows, self.matrix_shape[2])
 
-    def split(self, leaf: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array, "rows cols batch row_tiles col_tiles"]:
+    def split(self, leaf: Shaped[AnyArray, "..."]) -> Shaped[AnyArray, "rows cols batch row_tiles col_tiles"]:
         """The leaf's tiles. Edge tiles are padded with zeros; groups never wrap into the next row. Those of a numpy
         array stay on the host."""
         batch = self.matrix_shape[0]
@@ -109,7 +110,7 @@ class Tiling:
         tall, wide = matrix.shape[1] // self.rows, matrix.shape[2] // self.cols
         return matrix.reshape(batch, tall, self.rows, wide, self.cols).transpose(2, 4, 0, 1, 3)
 
-    def join(self, tiles: Shaped[Array, "rows cols batch row_tiles col_tiles"]) -> Shaped[Array, "..."]:
+    def join(self, tiles: Shaped[AnyArray, "rows cols batch row_tiles col_tiles"]) -> Shaped[AnyArray, "..."]:
         """The leaf whose tiles these are: the inverse of `split`; padding is dropped."""
         batch, rows, cols = self.matrix_shape
         tall, wide = tiles.shape[3], tiles.shape[4]

@@ -25,10 +25,10 @@ from nm_jax.checkpoint._tiles import broken_tiles
 
 def save_checkpoint(
     path: str | os.PathLike,
-    params: PyTree[Array],
+    params: PyTree[Array | np.ndarray],
     rules: Rules,
     *,
-    masks: PyTree[Bool[Array, "..."] | None] = None,
+    masks: PyTree[Bool[Array | np.ndarray, "..."] | None] = None,
     partial: str = "skip",
     packed: bool = False,
     keep_masks: bool = False,

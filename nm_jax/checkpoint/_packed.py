@@ -9,10 +9,8 @@ For a PyTorch weight (`oi`) this is its own order. Where they are is coded in on
   word of the metadata that sparse tensor cores read.
 """
 
-from typing import cast
-
 import numpy as np
-from jaxtyping import Array, Bool, Shaped, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 
 from nm_jax._core.axes import Tiling
 
@@ -99,11 +97,10 @@ def decode(
 
 def _lines(leaf: np.ndarray, axes: str) -> np.ndarray:
     """(batch, output, contraction)."""
-    tiles = cast(np.ndarray, Tiling(leaf.shape, axes, 1, 1).split(leaf))  # numpy in, numpy out
-    return tiles[0, 0].transpose(0, 2, 1)
+    return Tiling(leaf.shape, axes, 1, 1).split(leaf)[0, 0].transpose(0, 2, 1)
 
 
 def _leaf(lines: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
     """The inverse of `_lines`."""
-    leaf = Tiling(shape, axes, 1, 1).join(cast(Array, lines.transpose(0, 2, 1)[None, None]))
+    leaf = Tiling(shape, axes, 1, 1).join(lines.transpose(0, 2, 1)[None, None])
     return np.ascontiguousarray(leaf)

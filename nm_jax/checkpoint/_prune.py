@@ -110,7 +110,7 @@ def prune_checkpoint(
       [('fc1.weight', 32)]
     """
     checkpoint = Checkpoint(source)
-    leaves = checkpoint.resolve(rules, partial, include=include, strict=strict, none=False)
+    leaves = checkpoint.resolve(rules, partial, include=include, strict=strict)
     given = None if scores is None else Scores(scores, checkpoint, leaves)
 
     def layout(leaf: SparseLeaf, before: Record | None) -> Layout:

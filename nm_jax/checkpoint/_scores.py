@@ -19,7 +19,7 @@ from nm_jax.checkpoint._tensorfile import TensorFile, TensorWriter, header_size
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
-def save_scores(path: str | os.PathLike, scores: PyTree[Array | Gram | None]) -> None:
+def save_scores(path: str | os.PathLike, scores: PyTree[Array | np.ndarray | Gram | None]) -> None:
     """Writes what `prune_checkpoint(..., scores=)` and `nm-jax prune --scores` read.
 
     Args:
@@ -34,11 +34,12 @@ def save_scores(path: str | os.PathLike, scores: PyTree[Array | Gram | None]) ->
 
     Example:
       >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
       >>> import numpy as np
       >>> import nm_jax as nm
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> nm.save_checkpoint(folder / "dense", {"fc.weight": np.ones((4, 8), np.float32)}, [("fc", None)])
-      >>> inputs = nm.Gram.from_inputs(np.arange(16.0).reshape(2, 8))
+      >>> inputs = nm.Gram.from_inputs(jnp.arange(16.0).reshape(2, 8))
       >>> nm.save_scores(folder / "scores", {"fc.weight": inputs})
       >>> report = nm.prune_checkpoint(folder / "dense", folder / "sparse", "2:4", scores=folder / "scores")
       >>> nm.load_checkpoint(folder / "sparse")[0]["fc.weight"][0]  # the inputs grow along the row
@@ -55,7 +56,7 @@ def save_scores(path: str | os.PathLike, scores: PyTree[Array | Gram | None]) ->
         writer.finish({})
 
 
-def _array(path: str, node: Array | Gram) -> np.ndarray:
+def _array(path: str, node: Array | np.ndarray | Gram) -> np.ndarray:
     if not isinstance(node, Gram):
         return np.asarray(node, np.float32)
     if node.groups != 1:

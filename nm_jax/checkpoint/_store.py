@@ -161,9 +161,10 @@ class Checkpoint:
 def _read_config(path: Path) -> Any:
     """What a configuration beside the tensors says; `None` without one that can be read."""
     try:
-        return parse_json(path.read_bytes(), str(path)) if path.stat().st_size < _LARGEST_CONFIG else None
+        found = parse_json(path.read_bytes(), str(path)) if path.stat().st_size < _LARGEST_CONFIG else None
     except (OSError, FormatError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _find(path: Path) -> Path:

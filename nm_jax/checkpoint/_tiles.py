@@ -9,7 +9,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,8 @@ def find_mask(
         kept, total = norm(weight[mask]), norm(weight)
         if np.isnan(total):
             raise ValueError("it holds NaN")
-    return Found(mask, kept, total, jax.tree.map(lambda *sums: np.sum(sums, dtype=np.float64), *proofs))
+    proof = jax.tree.map(lambda *sums: jnp.asarray(np.sum(sums, dtype=np.float64), jnp.float32), *proofs)
+    return Found(mask, kept, total, proof)
 
 
 @jax.jit
@@ -115,7 +116,7 @@ class _Cut:
         self._shape, self._order = like.shape, [0, 1, *sorted((2, 3, 4), key=lambda k: -like.strides[k])]
 
     def _split(self, leaf: np.ndarray) -> np.ndarray:
-        return cast(np.ndarray, self._tiling.split(leaf))  # numpy in, numpy out
+        return self._tiling.split(leaf)
 
     def tiles(self, leaf: np.ndarray) -> np.ndarray:
         """(rows, cols, tiles) of a leaf that is contiguous."""
@@ -129,7 +130,7 @@ class _Cut:
         if np.may_share_memory(there, leaf):
             return leaf
         # Padding, or dimensions that had to be merged, made a copy.
-        return np.ascontiguousarray(self._tiling.join(cast(Array, there.transpose(np.argsort(self._order)))))
+        return np.ascontiguousarray(self._tiling.join(there.transpose(np.argsort(self._order))))
 
 
 def _chunks(tiles: np.ndarray, valid: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -175,4 +176,4 @@ def largest_sum(weight: Float[np.ndarray, "..."], count: int) -> float:
         total += norm(np.where(leading > last, magnitudes, 0).view(weight.dtype))
         ties.append(magnitudes[leading == last])
     tied = np.sort(np.concatenate(ties))
-    return total + norm(tied[tied.size - int(taken[last]) :].view(weight.dtype) if count else tied)
+    return total + norm(tied[tied.size - int(taken[last]) :].view(weight.dtype)) if count else total

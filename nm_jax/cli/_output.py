@@ -75,7 +75,7 @@ def summary(totals: Any, read: int, seconds: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def of_bytes(count: float) -> str:
+def of_bytes(count: int) -> str:
     """A number of bytes, as people say it."""
-    power = min(max((len(str(int(count))) - 1) // 3, 0), 4)
+    power = min(max((len(str(count)) - 1) // 3, 0), 4)
     return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -13,7 +13,7 @@ from nm_jax._core.tables import aligned, shape_text
 from nm_jax.cli import _exits as exits
 from nm_jax.cli import _options as options
 from nm_jax.cli._late import Late, checkpoint, nm
-from nm_jax.cli._output import echo, print_json, progress, summary
+from nm_jax.cli._output import complain, echo, print_json, progress, summary
 
 _rules = Late("nm_jax._core.rules")
 _SOLVERS = {"exact": "Exact", "greedy": "Greedy", "flow": "MinCostFlow"}
@@ -97,6 +97,8 @@ def command(
         print_json(report.to_json())
     elif not quiet:
         echo(f"{report}\n\nwrote {target}\n{summary(report, read)}")
+        if not report.tensors:
+            complain("nothing was pruned; the reasons are above, and --rule and --include ask for more")
     return exits.DONE
 
 

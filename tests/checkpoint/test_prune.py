@@ -249,10 +249,3 @@ def test_a_mask_is_not_looked_for_any_longer(monkeypatch):
     with pytest.raises(CancelledError):
         tiles.find_mask(weight, SparseLeaf("w", (32, 32), nm.NM(2, 4), "oi"), nm.solvers.TopK(), stopped=stopped)
     assert len(asked) == 3
-
-
-def test_nothing_to_prune_is_said(tmp_path):
-    save_file({"bias": normal(0, (8,))}, tmp_path / "in")
-    with pytest.raises(ValueError, match=r"no tensor is known to be sparse:\n  bias: "):
-        nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4")
-    assert os.listdir(tmp_path) == ["in"]

@@ -1,5 +1,6 @@
 """Scores from a file, instead of magnitudes."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -51,7 +52,7 @@ def test_scores_are_used_as_they_are(tmp_path):
 
 def test_records_of_inputs_are_wandas_scores(tmp_path):
     weight, inputs = normal(0, (12, 8)), normal(1, (30, 12))
-    gram = nm.Gram.from_inputs(inputs)
+    gram = nm.Gram.from_inputs(jnp.asarray(inputs))
     nm.save_checkpoint(tmp_path / "in", {"fc": {"kernel": weight}}, [("fc", None)])
     nm.save_scores(tmp_path / "scores", {"fc": {"kernel": gram}})
     nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4", scores=tmp_path / "scores")
@@ -80,6 +81,6 @@ def test_scores_that_do_not_fit(tmp_path):
 
 
 def test_a_diagonal_does_not_tell_of_groups(tmp_path):
-    gram = nm.Gram(np.ones((2, 4, 4)), np.ones((2, 4)), np.ones(2), "iiio", groups=2)
+    gram = nm.Gram(jnp.ones((2, 4, 4)), jnp.ones((2, 4)), jnp.ones(2), "iiio", groups=2)
     with pytest.raises(ValueError, match=r"conv/kernel: .* 2 feature groups"):
         nm.save_scores(tmp_path / "scores", {"conv": {"kernel": gram}})

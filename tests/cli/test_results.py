@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import nm_jax as nm
 from nm_jax.cli import main
@@ -213,3 +213,11 @@ def test_scores_from_a_file(run, model, tmp_path):
     assert not kept[:, 0::4].any()  # of four inputs, the first is nothing
     code, _, err = run("prune", model, tmp_path / "more", "--pattern", "2:4", "--scores", tmp_path / "gone")
     assert (code, err.count("\n")) == (3, 1)
+
+
+def test_pruning_nothing_is_said(run, tmp_path):
+    save_file({"a.bias": np.ones(8, np.float32)}, tmp_path / "in")
+    code, text, err = run("prune", tmp_path / "in", tmp_path / "out", "--pattern", "2:4")
+    assert code == 0
+    assert "1-D" in text
+    assert err.startswith("nm-jax: nothing was pruned")
