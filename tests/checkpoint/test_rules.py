@@ -127,13 +127,6 @@ def test_nothing_to_verify_is_one(path):
         nm.verify_checkpoint(path, [("mystery", None), ("entity", "2:4")])
 
 
-def test_nothing_to_prune_is_no_error(tmp_path):
-    save_file({MYSTERY[0]: normal(0, MYSTERY[1])}, tmp_path / "in")
-    report = nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4")
-    assert not report.tensors
-    np.testing.assert_array_equal(load_file(tmp_path / "out")[MYSTERY[0]], load_file(tmp_path / "in")[MYSTERY[0]])
-
-
 def test_a_config_that_cannot_be_read_says_nothing(tmp_path):
     save_file({LINEAR[0]: normal(0, LINEAR[1])}, tmp_path / "in")
     for text in ("{", "[]", '{"model_type": 3}', "null"):
