@@ -76,9 +76,8 @@ def _by_name(item: Item) -> Axes | Doubt:
     even = all(size % 2 == 0 for size in window)
     upwards = any_word(set(item.words) if item.contents.transformers and not even else item.path_words, _UPWARDS)
     if upwards or (even and not any_word(item.path_words, _DOWNWARDS)):
-        return Axes(
-            _axes(item, "oi"), "a convolution (out, in, window) or a transposed one (in, out, window)", either=True
-        )
+        what = "a convolution (out, in, window) or a transposed one (in, out, window)"
+        return Axes(_axes(item, "io" if even else "oi"), what, either=True)
     return Axes(_axes(item, "oi"), f"name: {item.role} with a window of {'x'.join(map(str, window))}")
 
 

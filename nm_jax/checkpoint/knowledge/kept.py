@@ -137,7 +137,16 @@ def _head(item: Item) -> str:
     inside = [part for part in path[head + 1 :] if not part.isdecimal()]
     if any(any_word([part], ".*(attn|attention).*") for part in inside):
         return ""
+    if inside and inside[-1] == "layers" and any("out" in part for part in _others(item, head)):
+        return ""
     return "an output head" if not inside or re.fullmatch(_IN_A_HEAD, inside[-1]) else ""
+
+
+def _others(item: Item, head: int) -> set[str]:
+    """What the module with this number in the path of a tensor is made of."""
+    start = ".".join(item.parts[: head + 1]) + "."
+    names = (".".join(other.parts) for other in item.contents.items.values())
+    return {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
 
 
 def _last(item: Item) -> bool:

@@ -29,6 +29,8 @@ def linear(item: Item) -> Axes | Doubt | None:
     if re.fullmatch(CONV1D, item.role):
         return _by_the_others(item)
     if not item.contents.models and any_word(item.words, "g?conv|gcn|gat|sage"):
+        if item.bias is None:
+            return Doubt("a matrix of a layer that calls itself a convolution")
         return Axes("oi", "a layer of a graph, (out, in) or (in, out)", either=True)
     if _is_named(item):
         return Axes("oi", f"name: {item.role} is a linear layer")
