@@ -46,6 +46,12 @@ class Pattern(abc.ABC):
        then cover it.
 
     Nothing else asks which pattern it is. Tiles of up to 16 entries have an exact solver at once, `Enumeration`.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> pattern = nm.parse_pattern("2:4-T")
+      >>> pattern.tile, pattern.contraction_groups, pattern.relaxed
+      ((4, 4), Group(n=2, m=4, exactly=True), TransposableNM(n=2, m=4, at_most=True))
     """
 
     @property
@@ -167,6 +173,11 @@ class NM(_Grouped):
     Args:
       n: entries kept in a group, 1 <= n < m.
       m: group size.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> str(nm.NM(2, 4)), nm.NM(2, 4).density
+      ('2:4', 0.5)
     """
 
     @property
@@ -195,6 +206,13 @@ class TransposableNM(_Grouped):
       n: entries kept in every row and column of a block, 1 <= n < m.
       m: block size.
       at_most: keep *at most* n instead, which is all that hardware asks for. It can retain slightly more.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.parse_pattern("2:4-T") == nm.TransposableNM(2, 4)
+      True
+      >>> str(nm.TransposableNM(2, 4, at_most=True))
+      '2:4-T-at-most'
     """
 
     at_most: bool = False
@@ -265,6 +283,12 @@ class SequentialNM(_Grouped):
     Args:
       n: entries kept in a group, 1 <= n < m.
       m: group size.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.array([[3.0], [1.0], [2.0], [4.0]]), nm.SequentialNM(2, 4))[:, 0].tolist()
+      [True, False, False, True]
     """
 
     _suffix = "-S"
@@ -292,6 +316,11 @@ class Unstructured(Pattern):
 
     Args:
       sparsity: fraction of zeros, 0 < sparsity < 1.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.Unstructured(0.9).kept(1000)
+      100
     """
 
     sparsity: float
@@ -343,6 +372,11 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
 
     Raises:
       ValueError: if the string names no pattern.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.parse_pattern("4:8-T")
+      TransposableNM(n=4, m=8, at_most=False)
     """
     if isinstance(pattern, Pattern):
         return pattern
@@ -373,6 +407,11 @@ def mask_diversity(pattern: str | Pattern, shape: Sequence[int], exact: bool = F
 
     Raises:
       ValueError: for a shape that tiles do not fit, or masks that cannot be counted exactly in seconds (8:16-T).
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.mask_diversity("2:4", (4, 4)), nm.mask_diversity("2:4-T", (4, 4), exact=True)
+      (1296, 90)
     """
     pattern = parse_pattern(pattern)
     if len(shape) != 2 or min(shape) < 1:

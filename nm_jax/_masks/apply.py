@@ -17,6 +17,13 @@ def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None])
     Returns:
       A tree like `params`, exact zeros where pruned. Its gradient is zero for pruned entries (hard masking); use
       `nm_jax.ste` for the straight-through one. Works under `jit`, `vmap` and `grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> params = {"kernel": jnp.array([[0.1], [-3.0], [2.0], [0.5]])}
+      >>> nm.apply_masks(params, nm.compute_masks(params, "2:4"))["kernel"][:, 0].tolist()
+      [0.0, -3.0, 2.0, 0.0]
     """
     by_path = leaves_by_path(masks)
     dense = [path for path, mask in by_path.items() if empty(mask)]

@@ -48,6 +48,14 @@ def compute_masks(
         known, NaN counts as the lowest score and the report says so.
 
     Works under `jit`. On many leaves it is worth it to call it once for all: leaves with one pattern share one solve.
+
+    Example:
+      >>> import jax
+      >>> import nm_jax as nm
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jax.numpy.zeros(8)}
+      >>> masks = nm.compute_masks(params, "2:4-T")
+      >>> masks["kernel"].sum().item(), masks["bias"]
+      (32, None)
     """
     leaves = resolve(params, rules, partial)
     values, treedef = jax.tree.flatten(params)

@@ -41,6 +41,13 @@ class LeafReport:
       nan: whether the scores of the mask had NaN (from `compute_masks`).
       proof: what is proved of the mask (from `compute_masks`).
       judged: what a judge of the axes has against them, or `""`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> row = nm.verify({"kernel": jnp.ones((4, 4))}, "2:4")["kernel"]
+      >>> bool(row.ok), int(row.contraction)
+      (False, 4)
     """
 
     leaf: SparseLeaf
@@ -91,6 +98,13 @@ class Report:
     Attributes:
       rows: what each sparse leaf is.
       dense: the leaves that stay dense, and why.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> report = nm.verify({"kernel": jnp.eye(4)}, "2:4-T")
+      >>> report.ok, [row.path for row in report.rows]
+      (True, ['kernel'])
     """
 
     rows: list[LeafReport]
@@ -147,6 +161,12 @@ def verify(
 
     Raises:
       ValueError: for rules that do not fit the tree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.verify({"kernel": jnp.eye(8)}, "2:4-T").ok
+      True
     """
     originals = {} if dense is None else leaves_by_path(dense)
     leaves = resolve(params_or_masks, rules, partial, floating=False)

@@ -19,6 +19,13 @@ class Proof(NamedTuple):
       gap: dual bound minus objective of the scores as the solver rounded them. 0: the masks are optimal for these.
       rounding: the most that it can matter that scores were rounded; 0 for a solver that does not round.
       scale: absolute objective, which makes the others relative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> proof = nm.solvers.Exact()(jnp.eye(4), nm.TransposableNM(2, 4)).proof
+      >>> bool(proof.proved), float(proof.gap)
+      (True, 0.0)
     """
 
     unproved: Float[Array, "*tiles"]

@@ -32,6 +32,16 @@ class Solved:
       mask: True = kept, in the shape of the matrix.
       proof: of all its tiles.
       nan: number of tiles with NaN among their scores.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> from nm_jax._core.axes import Tiling
+      >>> pattern = nm.NM(1, 2)
+      >>> scores, tiling = jnp.ones((4, 4)), Tiling.of((4, 4), "io", pattern)
+      >>> (solved,) = nm.solvers.solve_matrices([scores], [tiling], pattern, nm.solvers.TopK())
+      >>> float(solved.nan), solved.mask.sum().item()
+      (0.0, 8)
     """
 
     mask: Bool[Array, "..."]
@@ -58,6 +68,8 @@ def solve_matrices(
 
     Raises:
       ValueError: for scores that are not floating point.
+
+    Example: see `Solved`.
 
     Temporary memory: one byte per entry, 17 per tile, the pool of matrices that are smaller than a slab (or padded),
     and a slab.

@@ -32,6 +32,13 @@ class Solution:
       objective: sum of the kept scores of each tile (of the finite ones).
       nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
       proof: what is proved of each tile.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> solution = nm.solvers.TopK()(jnp.array([[3.0], [1.0]]), nm.NM(1, 2))
+      >>> float(solution.objective), bool(solution.nan), bool(solution.proof.proved)
+      (3.0, False, False)
     """
 
     mask: Bool[Array, "rows cols *tiles"]
@@ -47,6 +54,11 @@ class Solver(abc.ABC):
     max sum(mask * scores)  such that  pattern.full(mask)
 
     Solvers are hashable configuration and work under `jax.jit` and `jax.vmap`.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.solvers.Exact().supports(nm.TransposableNM(2, 4)), nm.solvers.Exact().supports(nm.NM(2, 4))
+      (True, False)
     """
 
     @abc.abstractmethod

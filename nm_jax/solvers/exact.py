@@ -69,12 +69,20 @@ class Exact(Solver):
     `nm_jax.compute_masks` pass on, of all blocks in a call of your own.
 
     Cost: on two CPU cores millions of blocks of 2:4 and 4:8 per second, half a million of 8:16 and 100,000 of 16:32.
-    Blocks of few different values take longer, 11,000 a second at 16:32 on binary scores: prices cannot tell tied
-    entries apart, phase 1 proves hardly any block, and phase 2 has a unit astray in one of four columns, most paths of
-    which cross, so that it takes about eight rounds. Any m up to 32; `MinCostFlow` takes larger ones.
+    At most n takes one to four times as long on most kinds of scores, and 30 to 130 times as long as exactly n on
+    sorted and rank-one blocks. Blocks of few
+    different values take longer, 11,000 a second at 16:32 on binary scores: prices cannot tell tied entries apart,
+    phase 1 proves hardly any block, and phase 2 has a unit astray in one of four columns, most paths of which cross, so
+    that it takes about eight rounds. Any m up to 32; `MinCostFlow` takes larger ones.
 
     Args:
       chunk: blocks that are taken at a time; `None` chooses what fits the cache.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]), "1:3-T", nm.solvers.Exact()).astype(int).tolist()
+      [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
 
     chunk: int | None = None

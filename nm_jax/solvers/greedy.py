@@ -33,6 +33,12 @@ class Greedy(Solver):
         so). `False` is the paper's algorithm to the letter: its masks are at most n for any pattern.
 
     Cost: 2*m comparisons per entry, and one pass over the tiles for each entry that completion inserts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]), "1:3-T", nm.solvers.Greedy()).astype(int).tolist()
+      [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
 
     complete: bool = True

@@ -19,6 +19,13 @@ class IntegerProgram(Solver):
 
     It is here because the paper compares against it: about 250 blocks per second and core. Optimal within the
     tolerances of the HiGHS solver (about 1e-6 of the largest score). Under `jax.jit` it is a host callback.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> scores = jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]])
+      >>> nm.solve(scores, "1:3-T", nm.solvers.IntegerProgram()).astype(int).tolist()
+      [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
 
     def supports(self, pattern):

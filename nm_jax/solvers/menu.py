@@ -75,6 +75,12 @@ def solve(
         integer scores, axes or a pattern that do not fit.
 
     Works under `jit` and `vmap`; masks have no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.abs(jnp.array([[0.1], [-3.0], [2.0], [0.5]])), "2:4")[:, 0].tolist()
+      [False, True, True, False]
     """
     pattern = parse_pattern(pattern)
     scores = jax.lax.stop_gradient(jnp.asarray(scores))

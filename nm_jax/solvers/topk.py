@@ -14,6 +14,12 @@ class TopK(Solver):
     """Keeps the n largest scores of every group, or the largest scores of a whole leaf: the optimum.
 
     Ties go to the lower index. O(m) elementwise passes for n:m; one sort for unstructured masks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.array([[3.0], [1.0]]), "1:2", nm.solvers.TopK())[:, 0].tolist()
+      [True, False]
     """
 
     def supports(self, pattern):
@@ -41,6 +47,12 @@ class Window(Solver):
     """Prunes the window of m - n consecutive entries with the smallest sum of scores: the optimum for n:m-S.
 
     Ties keep the lower indices. O(n) elementwise passes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> nm.solve(jnp.array([[3.0], [4.0], [5.0]]), "1:3-S", nm.solvers.Window())[:, 0].tolist()
+      [False, False, True]
     """
 
     def supports(self, pattern):
