@@ -32,7 +32,7 @@ def compute_masks(
 
     Args:
       params: parameters, in any container.
-      rules: a pattern such as `"2:4-T"`, or `(path regex, pattern or None, optional axes)` (see `nm_jax.rules`).
+      rules: a pattern such as `"2:4-T"`, or `(path regex, pattern or None, optional axes)`.
       scores: what a mask keeps the most of. `None`: `abs(w)`. A function: `scores(w)`. Or a tree like `params` (leaves
         that stay dense may be `None`). Used as given, negatives included.
       solver: solver for every leaf; `None` takes the default for each pattern.

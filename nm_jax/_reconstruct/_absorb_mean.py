@@ -21,7 +21,7 @@ def absorb_mean(
       w: dense weights.
       mask: True = kept.
       pattern: gives the size m of a group.
-      axes: axes of `w` (`nm_jax.axes`).
+      axes: axes of `w`, one letter per dimension.
 
     Returns:
       Weights like `w`, exact zeros outside the mask. A group that keeps nothing stays zero. Needs no calibration

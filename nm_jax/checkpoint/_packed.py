@@ -34,7 +34,7 @@ _TO_MASK[_TO_POSITIONS[_TO_POSITIONS != 255]] = np.flatnonzero(_TO_POSITIONS != 
 
 
 def take(weight: Shaped[np.ndarray, "..."], mask: Bool[np.ndarray, "..."], axes: str) -> Shaped[np.ndarray, " kept"]:
-    """The kept values of a weight, of any dtype; `axes` has one letter per dimension (`nm_jax.axes`)."""
+    """The kept values of a weight, of any dtype; `axes` has one letter per dimension."""
     return _lines(weight, axes)[_lines(mask, axes)]
 
 

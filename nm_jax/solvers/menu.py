@@ -64,7 +64,7 @@ def solve(
       scores: what to keep the most of, for instance `abs(w)`; used as given, negatives included. Any float dtype.
       pattern: a pattern or its string; n:m means n kept of m.
       solver: one of `nm_jax.solvers`; `None` picks the default for the pattern.
-      axes: one letter per dimension (`nm_jax.axes`); `"io"` is (contraction, output).
+      axes: one letter per dimension; `"io"` is (contraction, output).
       partial: what to do with sizes that m does not divide: `"error"`, or `"pad"` (edge tiles hold at most n).
 
     Returns:

@@ -35,6 +35,12 @@ class LeafTrace:
       path: '/'-joined keys.
       shape: its shape.
       uses: every operation where it meets data, in the order of the program.
+
+    Example:
+      >>> import jax.numpy as jnp, nm_jax as nm
+      >>> leaf = nm.trace(lambda p, x: x @ p["w"].T, {"w": jnp.ones((16, 8))}, jnp.ones((2, 8)))["w"]
+      >>> leaf.op, leaf.axes, leaf.count, leaf.flops, leaf.reason
+      ('dot', 'oi', 1, 512, '')
     """
 
     path: str
@@ -154,6 +160,16 @@ class Trace(KnowsAxes):
         and no look-up made of them: of several inputs, one or more for each.
       last: paths of the parameters whose products reach an output without passing another parameter's contraction: of
         several heads, one or more for each.
+
+    Example:
+      >>> import jax.numpy as jnp, nm_jax as nm
+      >>> params = {"body": jnp.ones((8, 8)), "policy": jnp.ones((8, 4)), "value": jnp.ones((8, 1))}
+      >>> def forward(p, x):
+      ...     hidden = jnp.tanh(x @ p["body"])
+      ...     return hidden @ p["policy"], hidden @ p["value"]
+      >>> trace = nm.trace(forward, params, jnp.ones((2, 8)))
+      >>> trace.first, trace.last, trace["body"].axes
+      (('body',), ('policy', 'value'), 'io')
     """
 
     leaves: tuple[LeafTrace, ...]
@@ -227,6 +243,15 @@ def trace(apply: Callable, params: PyTree[Array], *inputs: Any) -> Trace:
       cannot be followed, has no axes and a reason; nothing is guessed.
 
     Evaluates nothing; costs one trace of `apply`. Do not call it inside `jit` or `vmap`: it returns no arrays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nm_jax as nm
+      >>> params = {"table": jnp.ones((10, 8)), "layers": jnp.ones((3, 8, 8))}
+      >>> def forward(p, tokens):  # layers in a scan
+      ...     return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), p["table"][tokens], p["layers"])[0]
+      >>> trace = nm.trace(forward, params, jnp.arange(4))
+      >>> trace["layers"].axes, trace["layers"].count, trace["table"].reason
+      ('bio', 3, 'looked up, not contracted')
     """
     traced = walk_model(apply, params, inputs)
     uses = map(tuple, traced.walk.uses)
