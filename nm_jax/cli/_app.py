@@ -4,10 +4,8 @@ import contextlib
 import errno
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -15,6 +13,7 @@ from nm_jax import __version__
 from nm_jax.cli import _exits as exits
 from nm_jax.cli._late import Late, nm
 from nm_jax.cli._output import complain
+from nm_jax.cli._signals import SAID, catch
 
 # In the order in which they are listed.
 COMMANDS = ("prune", "verify", "report", "ls", "unpack", "diversity", "completion")
@@ -79,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code (see `nm-jax --help`).
     """
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
+    catch(ctrl_c=arguments is None)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # names may hold what a terminal cannot show
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -98,7 +95,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         return app.main(arguments, prog_name="nm-jax", standalone_mode=False) or exits.DONE
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted, and nothing was written", exits.INTERRUPTED)
+        return _fail(SAID, exits.INTERRUPTED)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "nm-jax"
         return _fail(f"{error.format_message()} (see {command} --help)", exits.USAGE)
@@ -122,12 +119,6 @@ def _of_the_library(error: Exception) -> int:
     if isinstance(error, _jax.errors.JaxRuntimeError):
         return _fail(f"the device failed: {str(error).splitlines()[0]}; try JAX_PLATFORMS=cpu", exits.FILES)
     raise error
-
-
-def _stop(number: int, frame: Any) -> None:
-    """Ends as Ctrl-C does: by an exception, so that half-written files are removed."""
-    del number, frame
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from nm_jax.cli._signals import leaving
+
 
 class Late:
     """A module that takes long to load, such as everything that needs JAX."""
@@ -11,7 +13,8 @@ class Late:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        with leaving():
+            return getattr(importlib.import_module(self._name), attribute)
 
 
 checkpoint = Late("nm_jax.checkpoint")

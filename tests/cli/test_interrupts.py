@@ -119,3 +119,33 @@ def test_an_interrupt_does_not_wait_for_a_mask(tmp_path):
     assert pruning.returncode == 130
     assert err.strip() == "nm-jax: interrupted, and nothing was written"
     assert os.listdir(tmp_path) == ["in"]
+
+
+LOADING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, sys.argv[1])
+from nm_jax.cli._late import Late
+from nm_jax.cli._signals import catch
+
+catch(ctrl_c=True)
+Late("slow").anything
+"""
+SLOW = """
+import time
+print("loading", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("raised in the middle")  # where compiled modules crash
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_modules_are_loaded(tmp_path, number):
+    (tmp_path / "slow.py").write_text(SLOW)
+    loading = process(LOADING, tmp_path)
+    assert loading.stdout.readline() == "loading\n"
+    loading.send_signal(number)
+    out, err = loading.communicate(timeout=20)
+    assert (loading.returncode, out, err) == (130, "", "nm-jax: interrupted, and nothing was written\n")
