@@ -155,3 +155,29 @@ def test_a_matmul_implementation(tmp_path):
     project.insert(path, "return jnp.stack", "rows[0] += 1\n")
     with pytest.raises(AssertionError, match="test_forward_input_gradient"):
         project.test("toy", "tests/matmul/test_contract.py")
+
+
+def test_a_score(tmp_path):
+    """The recipe in `nm_jax/_reconstruct/scores.py`."""
+    project = Project(tmp_path)
+    project.insert(
+        "nm_jax/_reconstruct/scores.py",
+        "# Those that the contract suite covers.",
+        '''
+        def toy(w, gram):
+            """The magnitude of a weight times the norm of its input."""
+            layer = LayerMatrices.of(w, gram)
+
+            def measure(w, gram):
+                norms = jnp.sqrt(jnp.diagonal(InputMoments.of(gram).h, axis1=1, axis2=2))
+                return layer.join(jnp.abs(layer.split(w.astype(jnp.float32))) * norms[:, :, None])
+
+            return partitioned(measure, spec(w), w, gram)
+
+
+        ''',
+    )
+    project.insert("nm_jax/_reconstruct/scores.py", "wanda,", "toy,\n")
+    passed = project.test("toy", "tests/reconstruct/test_scores.py")
+    for promise in ("finite", "every_layout", "jit_and_vmap", "sharded", "go_where_scores_go", "does_not_fit"):
+        assert any(promise in name for name in passed), promise

@@ -4,6 +4,16 @@ They are arrays like the weights and go wherever scores go, to any solver and an
 
     grams = nm.gram(apply, params, batches, plan)
     masks = nm.compute_masks(params, plan, scores=nm.score_tree(nm.obc, params, grams))
+
+To add a score:
+
+1. Write `def name(w, gram)` in this file: scores like `w`, in float32, of a weight and the record of its inputs.
+   `LayerMatrices.of(w, gram)` checks that they fit; its `split` gives the matrices (matrices, K, outputs) of a leaf of
+   any layout, its `join` puts their scores back, and `InputMoments.of(gram)` is what they meet. `partitioned` runs that
+   with the leaf's own sharding.
+2. Add it to `SCORES` at the end of this file: the contract suite (`tests/reconstruct/test_scores.py`) then covers it.
+
+To make it public, add its line to `nm_jax/__init__.pyi`.
 """
 
 import functools
@@ -35,6 +45,14 @@ def wanda(w: Float[Array, "..."], gram: Gram) -> Float[Array, "..."]:
     Raises:
       ValueError: when shapes do not fit.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> gram = nm.Gram.from_inputs(jnp.array([[3.0, 1.0], [3.0, -1.0]]))  # the first input is three times the second
+      >>> scores = nm.wanda(jnp.array([[1.0], [2.0]]), gram)
+      >>> bool(scores[0, 0] > scores[1, 0])
+      True
+
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2023).
     """
     return partitioned(functools.partial(_wanda, LayerMatrices.of(w, gram)), spec(w), w, gram)
@@ -62,6 +80,14 @@ def obc(w: Float[Array, "..."], gram: Gram, damping: float = _DAMPING) -> Float[
 
     Raises:
       ValueError: when shapes do not fit, or for a damping that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> rows = jnp.array([[1.0, 1.0, 0.0], [-1.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
+      >>> scores = nm.obc(jnp.ones((3, 1)), nm.Gram.from_inputs(rows))  # the first two inputs are the same
+      >>> bool(scores[2, 0] > 10 * scores[0, 0])
+      True
 
     Source: Frantar and Alistarh, "Optimal Brain Compression" (2022), Section 4; Hassibi and Stork (1992).
     """
@@ -94,6 +120,15 @@ def score_tree(
 
     Raises:
       ValueError: when shapes or trees do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> grams = nm.gram(lambda p, x: x @ p["kernel"] + p["bias"], params, [jnp.eye(8)], "kernel")
+      >>> masks = nm.compute_masks(params, "2:4-T", scores=nm.score_tree(nm.wanda, params, grams))
+      >>> int(masks["kernel"].sum())
+      16
     """
 
     def absent(node):
@@ -105,3 +140,10 @@ def score_tree(
         raise ValueError(f"grams has {len(records)} entries for {len(leaves)} parameters; collect them for this model")
     scored = [jnp.abs(w) if g is None else score(w, g) for w, g in zip(leaves, records, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), scored)
+
+
+# Those that the contract suite covers.
+SCORES: tuple[Callable[[Array, Gram], Array], ...] = (
+    wanda,
+    obc,
+)
