@@ -112,7 +112,7 @@ def test_scores_under_jit_and_vmap(score):
 
 @scores
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("sharding", [("data", None), (None, "data")], ids=str)
+@pytest.mark.parametrize("sharding", [("data", None), (None, "data")], ids=["rows", "outputs"])
 def test_scores_of_sharded_weights(score, axis_type, sharding):
     w, _, gram, _ = make_layer("dense")
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
