@@ -26,6 +26,13 @@ class SparseMatrix:
         are the position of the first kept entry in its group, the high two bits that of the second, which is larger
         (the order of the PTX ISA).
       k: columns of the matrix, without padding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> a = nm.pack(jnp.array([[0.0, 5.0, 0.0, 6.0]]), orientation="backward").backward.matrix
+      >>> print(a.values[0, :2], f"{int(a.metadata[0, 0]) & 15:04b}", a.k)  # positions 3 and 1
+      [5. 6.] 1101 4
     """
 
     values: Shaped[Array, "rows padded_k//2"]

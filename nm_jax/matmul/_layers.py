@@ -47,6 +47,14 @@ def dot_general(
 
     Raises:
       ValueError: as `nm_matmul`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> dot = nm.dot_general("2:4-T", implementation="reference")  # nn.Dense(4, dot_general=dot)
+      >>> x, w = jnp.ones((3, 4)), jnp.tile(jnp.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]), (2, 1))
+      >>> print(dot(x, w, (((1,), (0,)), ((), ())))[0])
+      [2. 2. 2. 2.]
     """
     return _DotGeneral(_known(pattern), implementation, device)
 
@@ -71,6 +79,14 @@ def einsum(
 
     Raises:
       ValueError: as `nm_matmul`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> product = nm.einsum("2:4-T", implementation="reference")  # nnx.Einsum(..., einsum_op=product)
+      >>> w = jnp.tile(jnp.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]), (2, 1)).reshape(4, 2, 2)
+      >>> product("bti,ihd->bthd", jnp.ones((1, 3, 4)), w).shape
+      (1, 3, 2, 2)
     """
     return _Einsum(_known(pattern), implementation, device)
 
@@ -96,6 +112,14 @@ def conv_general_dilated(
 
     Raises:
       ValueError: as `nm_matmul`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> conv = nm.conv_general_dilated("2:4-T", implementation="reference")  # nn.Conv(..., conv_general_dilated=conv)
+      >>> w = jnp.tile(jnp.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]), (2, 1))[None, None]
+      >>> conv(jnp.ones((1, 5, 5, 4)), w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).shape
+      (1, 3, 3, 4)
     """
     return _Convolution(_known(pattern), implementation, device)
 

@@ -28,6 +28,15 @@ class PackedSide:
         only fill a group, and stay zero: the nibble of a group that keeps one entry has its position twice, that of a
         group that keeps none is 1.
       k: as in `SparseMatrix`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> side = nm.pack(jnp.eye(4)).forward
+      >>> {str(leaf.dtype) for leaf in jax.tree.leaves(side)}
+      {'float32'}
+      >>> print(side.matrix.metadata.dtype, side.take(jnp.full((4, 4), 7.0)).values.sum())
+      uint16 28.0
     """
 
     values: Shaped[Array, "*batch rows padded_k//2"]

@@ -34,6 +34,15 @@ class Measurement:
       dense: the dense product.
       sparse: the sparse product of a packed weight.
       packing: packing the weight.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> times = {"dense": 1.0, "sparse": 0.5, "packing": 0.3}
+      >>> measured = nm.matmul.Measurement("GPU", "hopper", 1, "0.12", "bfloat16", 4096, 4096, 4096, **times)
+      >>> f"{measured.expected_gain(nm.matmul.Product('bfloat16', 4096, 4096, 4096)):.2f}"
+      '1.25'
+      >>> f"{measured.expected_gain(nm.matmul.Product('bfloat16', 4096, 4096, 4096, packed=True)):.2f}"
+      '2.00'
     """
 
     device: str
@@ -72,7 +81,13 @@ class Measurement:
 
 
 def profile_path() -> pathlib.Path:
-    """The file: `$NM_JAX_PROFILE`, or `matmul.json` in the user's cache folder for nm_jax."""
+    """The file of measurements: `$NM_JAX_PROFILE`, or `matmul.json` in the user's cache folder for nm_jax.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.matmul.profile_path().suffix
+      '.json'
+    """
     if named := os.environ.get(ENVIRONMENT):
         return pathlib.Path(named)
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -88,6 +103,15 @@ def save_profile(measurements: Sequence[Measurement], path: str | os.PathLike | 
 
     Returns:
       The path written to.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import nm_jax as nm
+      >>> m = nm.matmul.Measurement("GPU", "hopper", 1, "0.12", "bfloat16", 4096, 4096, 4096, 1.0, 0.5, 0.3)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = nm.matmul.save_profile([m], pathlib.Path(folder) / "matmul.json")
+      ...     nm.matmul.load_profile(path) == (m,)
+      True
     """
     path = pathlib.Path(path) if path is not None else profile_path()
     devices = {m.device for m in measurements}
@@ -100,8 +124,19 @@ def save_profile(measurements: Sequence[Measurement], path: str | os.PathLike | 
 def load_profile(path: str | os.PathLike | None = None) -> tuple[Measurement, ...]:
     """The measurements in a file; none where it does not exist.
 
+    Args:
+      path: the file; `None`: `profile_path()`.
+
+    Returns:
+      What was measured, of all devices.
+
     Raises:
       ValueError: if the file is not one that `save_profile` wrote.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> nm.matmul.load_profile("no/such/file.json")
+      ()
     """
     path = pathlib.Path(path) if path is not None else profile_path()
     try:

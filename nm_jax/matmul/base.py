@@ -21,6 +21,12 @@ class Product:
       rows: rows of A, the outputs of a layer going forward.
       k: columns of A, zeros included, the inputs of a layer going forward.
       packed: whether A is packed already, so that packing costs nothing.
+
+    Example:
+      >>> import nm_jax as nm
+      >>> product = nm.matmul.Product("bfloat16", tokens=512, rows=1024, k=256)
+      >>> product.transposed.sizes
+      (512, 256, 1024)
     """
 
     dtype: np.dtype
@@ -62,6 +68,16 @@ class Implementation:
         and dtype, before its first use.
       version: to be raised when a change makes it faster or slower: what was measured of another version does not
         count.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> reference = nm.matmul.IMPLEMENTATIONS[-1]
+      >>> print(reference.name, reference.is_kernel)
+      reference False
+      >>> mine = nm.matmul.Implementation("mine", lambda product, device: None, reference.product, is_kernel=False)
+      >>> print(nm.nm_matmul(jnp.ones((1, 4)), jnp.diag(jnp.arange(4.0)), implementation=mine))
+      [[0. 1. 2. 3.]]
     """
 
     name: str
