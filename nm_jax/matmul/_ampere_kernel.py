@@ -26,8 +26,8 @@ unavailable = mosaic.unavailable
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def multiply(
-    values: Float[Array, "rows k//2"],
-    words: Int32[Array, "rows//128 chunks 256"],
+    values: Float[Array, "rows kept"],
+    words: Int32[Array, "tiles chunks lanes"],
     x: Float[Array, "tokens k"],
     config: Config,
     interpret: bool,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,11 @@ class SparseMatrix:
     """The left operand A of a sparse product: a matrix that keeps two of every four consecutive columns.
 
     Args:
-      values: the two kept entries of every group of four columns, in the order of their columns. Columns are padded
-        with groups of zeros to a multiple of 16.
-      metadata: one word for 16 columns: four nibbles, the first group in the lowest. The low two bits of a nibble
-        are the position of the first kept entry in its group, the high two bits that of the second, which is larger
-        (the order of the PTX ISA).
+      values: (rows, k / 2), the two kept entries of every group of four columns, in the order of their columns. Columns
+        are padded with groups of zeros to a multiple of 16.
+      metadata: (rows, k / 16) in uint16, one word for 16 columns: four nibbles, the first group in the lowest. The low
+        two bits of a nibble are the position of the first kept entry in its group, the high two bits that of the
+        second, which is larger (the order of the PTX ISA).
       k: columns of the matrix, without padding.
 
     Example:
@@ -35,8 +36,8 @@ class SparseMatrix:
       [5. 6.] 1101 4
     """
 
-    values: Shaped[Array, "rows padded_k//2"]
-    metadata: UInt16[Array, "rows padded_k//16"]
+    values: Any  # an array, but for what jax puts in its place in trees
+    metadata: Any
     k: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -104,7 +105,7 @@ def positions(flags):
     return first, second
 
 
-def pick(entries, first, second) -> Shaped[Array, "rows k//2"]:
+def pick(entries, first, second) -> Shaped[Array, "rows kept"]:
     """Of every group, the entries at two positions."""
     zero, one, two, three = entries
     low = jnp.where(first == 0, zero, jnp.where(first == 1, one, two))
@@ -112,7 +113,7 @@ def pick(entries, first, second) -> Shaped[Array, "rows k//2"]:
     return jnp.stack([low, high], axis=-1).reshape(first.shape[0], -1)
 
 
-def words(first, second) -> UInt16[Array, "rows k//16"]:
+def words(first, second) -> UInt16[Array, "rows words"]:
     nibbles = (first | (second << 2)).reshape(first.shape[0], -1, WORD // GROUP)
     shifted = [nibbles[..., j].astype(jnp.uint16) << (4 * j) for j in range(WORD // GROUP)]
     return functools.reduce(jnp.bitwise_or, shifted)

@@ -19,7 +19,7 @@ _WARP_ROWS = 16  # rows whose metadata one warp holds
 _LANES = (8, 4)  # (g, t)
 
 
-def lane_words(metadata: UInt16[Array, "rows k//16"], warps: int) -> Int32[Array, "tiles chunks lanes"]:
+def lane_words(metadata: UInt16[Array, "rows words"], warps: int) -> Int32[Array, "tiles chunks lanes"]:
     """The words that `warps` warps, 16 rows each, hand over for every 64 columns.
 
     Runs in XLA; reads and writes one bit for each entry of the dense matrix.
@@ -36,7 +36,7 @@ def lane_words(metadata: UInt16[Array, "rows k//16"], warps: int) -> Int32[Array
     return jax.lax.bitcast_convert_type(ordered, jnp.int32)
 
 
-def expand(values: Shaped[Array, "rows k//2"], words: Int32[Array, "chunks lanes"]) -> Float[Array, "rows k"]:
+def expand(values: Shaped[Array, "rows kept"], words: Int32[Array, "chunks lanes"]) -> Float[Array, "rows k"]:
     """The dense float32 tile that a sparse tensor core sees in values and lane words: for runs without one."""
     rows, kept = values.shape
     chunks, warps = words.shape[0], words.shape[1] // 32
@@ -54,7 +54,7 @@ def expand(values: Shaped[Array, "rows k//2"], words: Int32[Array, "chunks lanes
 
 def add_product(
     sums: Float[Array, "rows tokens"],
-    values: Shaped[Array, "rows k//2"],
+    values: Shaped[Array, "rows kept"],
     words: Int32[Array, "chunks lanes"],
     x: Float[Array, "tokens k"],
 ) -> Float[Array, "rows tokens"]:

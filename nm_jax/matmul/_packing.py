@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ class PackedSide:
       uint16 28.0
     """
 
-    values: Shaped[Array, "*batch rows padded_k//2"]
-    metadata: Float[Array, "*batch rows padded_k//16"]
+    values: Any  # an array, but for what jax puts in its place in trees
+    metadata: Any
     k: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -93,7 +93,7 @@ class PackedWeight:
     Args:
       forward: W^T, for Y^T = W^T X^T; its groups run along the input axis.
       backward: W, for dX^T = W dY^T; its groups run along the output axis.
-      overfull: share of the groups that had more than two nonzeros, of which the two largest were kept.
+      overfull: scalar, the share of the groups that had more than two nonzeros, of which the two largest were kept.
       shape: shape of the leaf.
       axes: its axes, a letter for each dimension: i contraction, o output, b batch.
 
@@ -112,7 +112,7 @@ class PackedWeight:
 
     forward: PackedSide | None
     backward: PackedSide | None
-    overfull: Float[Array, "*batch"]
+    overfull: Any
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     axes: str = dataclasses.field(metadata={"static": True})
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ class Product:
     """A product x A^T that an implementation is wanted for.
 
     Args:
-      dtype: dtype of the operands.
+      dtype: dtype of the operands: anything that names one; it is kept as a numpy dtype.
       tokens: rows of x.
       rows: rows of A, the outputs of a layer going forward.
       k: columns of A, zeros included, the inputs of a layer going forward.
@@ -29,7 +30,7 @@ class Product:
       (512, 256, 1024)
     """
 
-    dtype: np.dtype
+    dtype: Any
     tokens: int
     rows: int
     k: int

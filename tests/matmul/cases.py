@@ -1,12 +1,32 @@
 """Cases and oracles of sparse products that share no code with the library."""
 
+import contextlib
 import itertools
+import re
+from unittest import mock
 
+import jax
+import jaxtyping
 import numpy as np
+import pytest
 
 from experiments.bench import masks
 
 PAIRS = list(itertools.combinations(range(4), 2))  # the six ways to keep two of four
+
+
+@contextlib.contextmanager
+def refused(words):
+    """Expects a ValueError with these words; where annotations are checked at every call, they may refuse first."""
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)) as caught:
+        yield
+    assert isinstance(caught.value, jaxtyping.TypeCheckError) or re.search(words, str(caught.value))
+
+
+def gpu(capability, name=None):
+    """What the library sees of a GPU that is not there."""
+    described = {"platform": "gpu", "device_kind": name or f"GPU {capability}", "compute_capability": capability}
+    return mock.Mock(spec=jax.Device, **described)
 
 
 def all_pairs(rows, k, seed=0):

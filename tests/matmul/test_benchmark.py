@@ -17,6 +17,7 @@ from experiments.bench import kernels, masks
 from experiments.bench import matmul as bench
 from experiments.catalogue import find
 from nm_jax.matmul import _mosaic, ampere
+from tests.matmul.cases import gpu
 
 
 def test_a_dry_run_goes_through_all_that_a_gpu_would_do(tmp_path, monkeypatch):
@@ -80,7 +81,7 @@ def test_a_kernel_that_raises_is_wrong_and_its_other_checks_run():
 def test_what_is_checked_and_timed_is_within_what_the_kernels_take(name, capability, monkeypatch):
     monkeypatch.setattr(ampere, "FIRST_JAX", (0, 10, 0))
     monkeypatch.setattr(_mosaic, "UNAVAILABLE", None)
-    device = types.SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability=capability)
+    device = gpu(capability)
     kernel = next(i for i in nm.matmul.IMPLEMENTATIONS if i.name == name)
     for shape in (*bench.FULL.checks, *bench.FULL.products, *bench.FULL.sweeps, bench.FULL.mlp):
         for dtype in (jnp.bfloat16, jnp.float16):

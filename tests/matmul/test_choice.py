@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import types
 import warnings
 
 import jax
@@ -24,10 +23,10 @@ from nm_jax.matmul import (
     reference,
     save_profile,
 )
-from tests.matmul.cases import transposable
+from tests.matmul.cases import gpu, transposable
 from tests.matmul.implementations import REFERENCE
 
-GPU = types.SimpleNamespace(platform="gpu", device_kind="Test GPU", compute_capability="9.0")
+GPU = gpu("9.0", "Test GPU")
 MEASURED = Measurement(
     "Test GPU", "fast", 1, jax.__version__, "bfloat16", 4096, 1024, 2048, dense=1.0, sparse=0.6, packing=0.2
 )
@@ -62,7 +61,7 @@ def ask(**changes):
 # ------------------------------------------------------------------------------------------------ a table of choices
 
 # What an H100 might give: tokens, rows, k, seconds of the dense product, of the sparse one and of packing.
-H100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+H100 = gpu("9.0", "NVIDIA H100 80GB HBM3")
 TIMES = [
     (4096, 4096, 4096, 190e-6, 150e-6, 50e-6),
     (8192, 8192, 8192, 1500e-6, 1000e-6, 160e-6),
