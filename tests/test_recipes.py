@@ -12,7 +12,9 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import nm_jax
 
@@ -181,3 +183,35 @@ def test_a_score(tmp_path):
     passed = project.test("toy", "tests/reconstruct/test_scores.py")
     for promise in ("finite", "every_layout", "jit_and_vmap", "sharded", "go_where_scores_go", "does_not_fit"):
         assert any(promise in name for name in passed), promise
+
+
+def test_a_command(tmp_path):
+    """The recipe in `nm_jax/cli/__init__.py`."""
+    project = Project(tmp_path)
+    project.write(
+        "nm_jax/cli/count.py",
+        '''
+        """`nm-jax count`."""
+
+        import click
+
+        from nm_jax.cli import _exits as exits
+        from nm_jax.cli import _options as options
+        from nm_jax.cli._late import nm
+        from nm_jax.cli._output import echo
+
+
+        @click.command("count")
+        @click.argument("file", type=options.PATH)
+        def command(file) -> int:
+            """Count the tensors of checkpoint FILE."""
+            echo(str(len(nm.Checkpoint(file).tensors)))
+            return exits.DONE
+        ''',
+    )
+    project.insert("nm_jax/cli/_app.py", '"diversity",', '"count",\n')
+    assert project.test("count", "tests/cli/test_loading.py") == ["test_help_of_every_command[count]"]
+    save_file({"a": np.ones(2), "b": np.ones(3)}, tmp_path / "model")
+    command = [sys.executable, "-m", "nm_jax.cli", "count", "model"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout == b"2\n"

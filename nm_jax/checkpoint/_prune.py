@@ -74,8 +74,7 @@ def prune_checkpoint(
         its reason says how to give them; where only the orientation is not known, a transposable pattern is the same.
       solver: for the patterns that it supports; `None` takes the default for each.
       partial: tensors whose sizes m does not divide: `"skip"`, `"pad"` or `"error"`, as in `compute_masks`.
-      packed: store values and positions (`nm_jax.checkpoint._packed`), which `load_checkpoint` reads, instead of
-        zeros, which every reader does.
+      packed: store values and positions, which `load_checkpoint` reads, instead of zeros, which every reader does.
       keep_masks: store a bit-packed mask beside each dense tensor, as `NAME.nm_mask`.
       include: regexes of tensors to prune although they stay dense by default: output heads, routers, embeddings that
         are the output head too.

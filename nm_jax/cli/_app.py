@@ -16,7 +16,15 @@ from nm_jax.cli._output import complain
 from nm_jax.cli._signals import SAID, catch
 
 # In the order in which they are listed.
-COMMANDS = ("prune", "verify", "report", "ls", "unpack", "diversity", "completion")
+COMMANDS = (
+    "prune",
+    "verify",
+    "report",
+    "ls",
+    "unpack",
+    "diversity",
+    "completion",
+)
 _jax = Late("jax")
 _HELP = """Prune, verify and look at safetensors checkpoints with N:M sparsity.
 
