@@ -16,6 +16,7 @@ A leaf's *axes* are one letter per dimension: `i` along which groups of m run, `
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from nm_jax._core.nonzero import AnyArray
 from nm_jax._core.patterns import Pattern
 
 
-def check_axes(axes: str, shape: tuple[int, ...] | None = None) -> str:
+def check_axes(axes: str | Any, shape: tuple[int, ...] | None = None) -> str:
     """`axes`, or a ValueError that says what is wrong with it (for a leaf of this shape, when given)."""
     if not isinstance(axes, str):
         raise ValueError(f"axes must be a string like 'io', got {axes!r}")

@@ -115,7 +115,7 @@ Leaf: TypeAlias = SparseLeaf | DenseLeaf
 _LISTED = 12  # paths named in an error
 
 
-def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
+def parse_rules(rules: Rules | Any) -> Pattern | tuple[Rule, ...]:
     """A pattern for every leaf, or the parsed rules.
 
     Raises:
@@ -156,7 +156,7 @@ def parse_rules(rules: Rules) -> Pattern | tuple[Rule, ...]:
     return tuple(parsed)
 
 
-def resolve(tree: Any, rules: Rules, partial: str = "skip", floating: bool = True) -> list[Leaf]:
+def resolve(tree: Any, rules: Rules | Any, partial: str = "skip", floating: bool = True) -> list[Leaf]:
     """What the rules say of every leaf of a tree, in the order of `jax.tree.leaves`.
 
     Args:

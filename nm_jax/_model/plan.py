@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from nm_jax._core.axes import check_axes
 from nm_jax._core.paths import empty, located
@@ -220,7 +220,7 @@ def _folded(leaf: PlannedLeaf) -> tuple[str, str] | None:
 
 def plan(
     apply: Callable,
-    params: PyTree[Array],
+    params: PyTree,
     *inputs: Any,
     pattern: str | Pattern,
     rules: Rules | None = None,

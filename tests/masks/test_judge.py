@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import nm_jax as nm
+from nm_jax._core.rules import resolve
 
 PARAMS = {
     "layers": {"kernel": jax.random.normal(jax.random.key(0), (16, 3, 8))},  # stacked at the second axis
@@ -78,4 +79,4 @@ def test_quantised_weights(dtype):
     assert nm.verify(scaled, [("head", "2:4")]).ok
     assert not nm.verify(jax.tree.map(jnp.ones_like, scaled), [("head", "2:4")]).ok
     with pytest.raises(ValueError, match="needs floating point weights"):
-        nm.compute_masks(scaled, [("head", "2:4")])
+        resolve(scaled, [("head", "2:4")])  # as computing masks does

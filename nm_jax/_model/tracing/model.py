@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from nm_jax._core.paths import located
 from nm_jax._core.rules import KnowsAxes, is_array
@@ -226,7 +226,7 @@ def walk_model(apply: Callable, params: PyTree, inputs: tuple) -> Traced:
     return Traced(program, site, walk, paths, shapes, arrays, walk.last(results))
 
 
-def trace(apply: Callable, params: PyTree[Array], *inputs: Any) -> Trace:
+def trace(apply: Callable, params: PyTree, *inputs: Any) -> Trace:
     """Reads off a model how each parameter is used: which dimensions are contracted, by which operation, how often.
 
     Args:
