@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from nm_jax._core.select import Count, tally_first
+
 _MOST_LISTED = 16  # entries of a tile whose masks can be listed
 
 
@@ -342,10 +344,16 @@ class Unstructured(Pattern):
         return max(size - round(self.sparsity * size), 1)
 
     def allows(self, kept):
-        return jnp.sum(kept, axis=(0, 1)) <= self.kept(kept.shape[0] * kept.shape[1])
+        return self._limit(kept).reaches(self._counts(kept))
 
     def full(self, kept):
-        return jnp.sum(kept, axis=(0, 1)) == self.kept(kept.shape[0] * kept.shape[1])
+        return self.allows(kept) & self._counts(kept).reaches(self._limit(kept))
+
+    def _limit(self, kept) -> Count:
+        return Count.of(self.kept(kept.shape[0] * kept.shape[1]))
+
+    def _counts(self, kept) -> Count:
+        return tally_first(jnp.asarray(kept).reshape(kept.shape[0] * kept.shape[1], *kept.shape[2:]))
 
     def _count(self, tiles, size, exact):
         del tiles, exact  # Eq. 2 is the true count

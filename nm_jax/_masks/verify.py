@@ -14,10 +14,12 @@ from nm_jax._core.axes import matrix_groups, same_groups
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.paths import empty
 from nm_jax._core.rules import DenseLeaf, KnowsAxes, Rules, SparseLeaf, resolve
+from nm_jax._core.select import largest, tally
 from nm_jax._core.sharding import partitioned
 from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._masks.trees import dense_leaves, leaves_by_path
 from nm_jax.solvers import Proof
+from nm_jax.solvers.base import order_key
 
 
 @functools.partial(
@@ -203,16 +205,18 @@ def report_leaf(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafR
 
 def _examine(leaf: SparseLeaf, value: Array, original: Array | None) -> LeafReport:
     kept = nonzero(value)
-    pattern, count = leaf.pattern, jnp.sum(kept)
-    row = LeafReport(leaf, ok=jnp.all(pattern.allows(leaf.tiling.split(kept))), kept=count / kept.size)
+    pattern, count = leaf.pattern, tally(kept)
+    row = LeafReport(
+        leaf, ok=jnp.all(pattern.allows(leaf.tiling.split(kept))), kept=count.as_float() / float(kept.size)
+    )
     if pattern.tile is not None:
         contraction, output = matrix_groups(kept, leaf.axes, pattern.tile[0])
         row = dataclasses.replace(row, contraction=jnp.max(contraction), output=jnp.max(output))
     if original is not None:
         magnitude = jnp.abs(original).astype(jnp.float32)
         retained = jnp.sum(jnp.where(kept, magnitude, 0))
-        largest = jnp.sort(magnitude, axis=None, descending=True)
-        unstructured = jnp.sum(jnp.where(jnp.arange(kept.size) < count, largest, 0))
+        as_many = largest(order_key(magnitude).reshape(-1), count)
+        unstructured = jnp.sum(jnp.where(as_many, magnitude.reshape(-1), 0))
         total = jnp.sum(magnitude)
         share = functools.partial(_share, retained)
         row = dataclasses.replace(row, retained=share(total), against_unstructured=share(unstructured))
