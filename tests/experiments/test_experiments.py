@@ -1,9 +1,7 @@
 """Every experiment is listed, and runs; the recipe in `experiments/__init__.py` is true."""
 
 import json
-import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,8 +10,8 @@ import pytest
 import experiments
 from experiments import __main__ as command
 from experiments import catalogue, harness
+from tests.test_recipes import Project
 
-ROOT = pathlib.Path(experiments.__file__).parents[1]
 ENTRIES = catalogue.entries()
 RESULTS = [path for path in sorted(harness.RESULTS.rglob("*.json")) if "quick" not in path.parts]
 
@@ -90,16 +88,14 @@ def recipe():
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     """A copy of the project with one more experiment."""
-    copy = tmp_path_factory.mktemp("house")
-    for name in ("experiments", "nm_jax", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "experiments" / "bench" / "toy.py").write_text(recipe())
-    return copy
+    project = Project(tmp_path_factory.mktemp("house"), "experiments")
+    project.write("experiments/bench/toy.py", recipe())
+    return project
 
 
 def python(house, *arguments):
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=house, capture_output=True, text=True)
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=house.folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -111,22 +107,21 @@ def test_an_experiment_of_the_recipe_is_listed(house):
 def test_an_experiment_of_the_recipe_runs(house):
     out = python(house, "experiments", "bench/toy")
     assert re.search(r"300 +0\.50", out)
-    record = json.loads((house / "experiments/results/bench/toy" / f"{harness.device_file()}.json").read_text())
+    record = json.loads((house.folder / "experiments/results/bench/toy" / f"{harness.device_file()}.json").read_text())
     assert record["result"] == {"steps": 300, "loss": 0.5}
     assert record["command"] == "python -m experiments bench/toy"
 
 
 def test_an_experiment_of_the_recipe_is_covered_by_the_test_of_all(house):
-    test = "tests/experiments/test_experiments.py::test_experiments_run[bench/toy]"
-    assert "1 passed" in python(house, "pytest", "-n", "0", "-p", "no:cacheprovider", test)
+    assert "test_experiments_run[bench/toy]" in house.test("run and toy", "tests/experiments/test_experiments.py")
 
 
 def test_a_table_of_the_recipe_goes_into_the_documentation(house):
     python(house, "experiments", "bench/toy")
-    page = house / "README.md"
+    page = house.folder / "README.md"
     device = harness.device_file()
     page.write_text(f"# A page\n\n<!-- table: loss of bench/toy on {device} -->\nold\n<!-- end -->\n")
-    failed = subprocess.run([sys.executable, "-m", "experiments", "report", "--check"], cwd=house)
+    failed = subprocess.run([sys.executable, "-m", "experiments", "report", "--check"], cwd=house.folder)
     assert failed.returncode == 1
     python(house, "experiments", "report", "--write")
     assert "| steps | loss |\n| --- | --- |\n| 300 | 0.50 |" in page.read_text()
