@@ -88,7 +88,7 @@ def largest(keys: Int[Array, " size *tiles"], count: Count) -> Bool[Array, " siz
     ties = counts(tied)
     upto = Count._carry(jnp.cumsum(ties >> 8, axis=0), jnp.cumsum(ties & 255, axis=0))
     whole = jnp.sum(Count(*(x[None] for x in wanted)).reaches(upto), axis=0, dtype=jnp.int32)
-    before = Count(*(_at(x, whole - 1) * (whole > 0) for x in upto))
+    before = Count(*(jnp.where(whole > 0, _at(x, whole - 1), 0) for x in upto))
     next_piece = _at(tied, whole)
     upto_entry = jnp.cumsum(next_piece, axis=0, dtype=jnp.int32)
     entries = jnp.sum(upto_entry <= wanted.minus(before)[None], axis=0, dtype=jnp.int32)

@@ -108,4 +108,4 @@ def _first(flags: Bool[Array, " m *tiles"]) -> Bool[Array, " m *tiles"]:
 
 def _pick(tiles, row: Bool[Array, " m *tiles"]):
     """The row of every tile that a one-hot vector points at; zeros where it points nowhere."""
-    return jnp.sum(jnp.where(row[:, None], tiles, 0), axis=0).astype(tiles.dtype)
+    return jnp.sum(jnp.where(row[:, None], tiles, jnp.zeros_like(tiles)), axis=0).astype(tiles.dtype)
