@@ -24,7 +24,7 @@ _TRANSPOSED = re.compile(r"(?i)transpose|deconv|upconv|upsampl|(^|_)up(_|\d|$)")
 _FLAX_CONV = re.compile(r"^Conv_\d+$")  # Linen's own name for a module that the user did not name
 _LINEAR = re.compile(r"(?i)proj|linear|fc|dense|head|mlp|gate|(^|_)(up|down|ff)|ffn|out|logit|classif|^w\d?$")
 _QUERY = ("query", "key", "value")
-_GPT2 = re.compile(r"^c_(attn|proj|fc|q)$")  # [in, out] in transformers, [out, in] in nanoGPT
+_GPT2 = re.compile(r"^c_(attn|proj|fc|q)$")  # in transformers `weight` is [in, out] and `kernel` is [out, in]
 _OUTPUTS_FIRST = r"weight|weight_[ih]h(_l\d+(_reverse)?)?|(in|q|k|v)_proj_weight"
 
 
@@ -69,6 +69,8 @@ _LOOKED_UP = "an embedding is looked up, not contracted (give axes to prune it)"
 
 
 def _kernel(label: str, shape: Shape, bias: Shape | None, path: str, siblings: Siblings) -> Verdict:
+    if len(shape) == 2 and _GPT2.search(label):
+        return _gpt2(shape, bias)
     if bias is not None and len(shape) > 1:
         return _read(label, shape, bias, path, siblings)
     if len(shape) == 2:
@@ -82,6 +84,14 @@ def _kernel(label: str, shape: Shape, bias: Shape | None, path: str, siblings: S
     if len(windows) == 2 and not projection and _window(windows, images=shape[-2] <= 4):
         return _oriented(label, conv, f"the window {windows[0]} x {windows[1]} of a convolution")
     return Doubt((_likely(label, shape), conv), "no bias beside it says which dimensions are outputs")
+
+
+def _gpt2(shape: Shape, bias: Shape | None) -> Verdict:
+    """The matrices of GPT-2, which its implementations store in both orders, under both names."""
+    fits = [axes for axes, outputs in (("oi", shape[0]), ("io", shape[1])) if bias == (outputs,)]
+    if len(fits) == 1:
+        return Known(fits[0], f"its bias {bias}")
+    return Doubt(("oi", "io"), "GPT-2 and its copies store this matrix in both orders")
 
 
 def _read(label: str, shape: Shape, bias: Shape, path: str, siblings: Siblings) -> Verdict:
@@ -192,13 +202,13 @@ def _spread(letters: str, stacked: tuple[int, ...]) -> str:
 def _weight(label: str, shape: Shape, bias: Shape | None) -> Verdict:
     if (bias is not None and bias == shape) or _NORM.search(label):
         return Stays("the scale of a normalisation is not contracted")
+    if len(shape) == 2 and _GPT2.search(label):
+        return _gpt2(shape, bias)
     if bias is not None and len(shape) > 1:
         return _read_weight(label, shape, bias)
     if _LOOKUP.search(label):
         return Stays(_LOOKED_UP)
     if len(shape) == 2:
-        if _GPT2.search(label):
-            return Doubt(("oi", "io"), "GPT-2 and its copies store this weight in both orders")
         if shape[0] >= 4096 and shape[0] >= 8 * shape[1] and not _LINEAR.search(label):
             return Stays("it has the sizes of a lookup table, and no bias (use nm_jax.plan, or write a rule)")
         return Known("oi", "the name 'weight' of PyTorch")
@@ -224,10 +234,10 @@ def _read_weight(label: str, shape: Shape, bias: Shape) -> Verdict:
         named = _CONV.search(label) or len(windows) > 1
         ways = [dense] if inputs == 1 else [conv] if named and _window(windows, named=True) else [dense, conv]
         found += ["b" * layers + "o" + way for way in ways]
-    if bias == shape[1:2] and (len(shape) == 2 or _window(shape[2:], named=True)):
-        unsure = _GPT2 if len(shape) == 2 else _TRANSPOSED
-        if not found or unsure.search(label):
-            found.append("io" + "b" * (len(shape) - 2))
+    window = len(shape) > 2 and _window(shape[2:], named=True)
+    unsure = not found or (window and bool(_TRANSPOSED.search(label)))
+    if unsure and bias == shape[1:2] and (window or len(shape) == 2):
+        found.append("io" + "b" * (len(shape) - 2))
     found = list(dict.fromkeys(found))
     if len(found) == 1:
         return Known(found[0], f"the name 'weight' of PyTorch and its bias {bias}")

@@ -66,6 +66,15 @@ LAYOUTS = {
         ("token_embedder/embedding", (32128, 768), None, None),
         ("decoder/logits_dense/kernel", (768, 32128), "io", "io"),
     ],
+    "GPT-2 of transformers, Flax": [
+        ("h/0/attn/c_attn/kernel", (2304, 768), "oi", "oi"),
+        ("h/0/attn/c_attn/bias", (2304,), None, None),
+        ("h/0/attn/c_proj/kernel", (768, 768), "oi", REFUSED),
+        ("h/0/attn/c_proj/bias", (768,), None, None),
+        ("h/0/mlp/c_fc/kernel", (3072, 768), "oi", "oi"),
+        ("h/0/mlp/c_fc/bias", (3072,), None, None),
+        ("wte/embedding", (50257, 768), None, None),
+    ],
     "Gemma, Tunix": [
         ("transformer/layer_0/attn/q_einsum/w", (8, 2304, 256), "oio", None),
         ("transformer/layer_0/attn/kv_einsum/w", (2, 4, 2304, 256), "ooio", None),

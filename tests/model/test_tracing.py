@@ -35,6 +35,7 @@ from tests.model.models import (
 # Each case returns (apply, params, inputs). Then, by path: what is contracted, and how it is grouped; `None` where a
 # parameter cannot be N:M sparse, with a word of the reason.
 dot = jnp.dot
+TOKENS = shape(6, dtype=jnp.int32)
 KINDS = {
     # Linen
     "dense": (lambda: linen(nn.Dense(12), X), {"kernel": ("io", "io"), "bias": "elementwise"}),
@@ -189,28 +190,30 @@ KINDS = {
     "clipped off zero": (lambda: weight(lambda p, x: x @ jnp.maximum(p["w"], 0.1), (8, 12), X), {"w": "max of it"}),
     # Chosen at run time
     "experts that are gathered": (
-        lambda: weight(lambda p, x, k: jnp.einsum("td,tdf->tf", x, p["w"][k]), (4, 8, 12), X, shape(6, dtype=int)),
+        lambda: weight(
+            lambda p, x, k: jnp.einsum("td,tdf->tf", x, p["w"][k]), (4, 8, 12), X, shape(6, dtype=jnp.int32)
+        ),
         {"w": ("bio", "bio")},
     ),
     "experts that are gathered, by vmap": (
         lambda: weight(
-            lambda p, x, k: jax.vmap(lambda x, k: x @ (p["w"][k].T * 2))(x, k), (4, 12, 8), X, shape(6, dtype=int)
+            lambda p, x, k: jax.vmap(lambda x, k: x @ (p["w"][k].T * 2))(x, k), (4, 12, 8), X, shape(6, dtype=jnp.int32)
         ),
         {"w": ("boi", "boi")},
     ),
     "experts that are taken": (
         lambda: weight(
             lambda p, x, k: jnp.einsum("td,tkdf->tkf", x, jnp.take(p["w"], k, axis=0)),
-            *((4, 8, 12), X, shape(6, 2, dtype=int)),
+            *((4, 8, 12), X, shape(6, 2, dtype=jnp.int32)),
         ),
         {"w": ("bio", "bio")},
     ),
     "embeddings that are compared": (
-        lambda: weight(lambda p, k: p["w"][k] @ p["v"][k].T, (9, 8), shape(6, dtype=int), v=(9, 8)),
+        lambda: weight(lambda p, k: p["w"][k] @ p["v"][k].T, (9, 8), shape(6, dtype=jnp.int32), v=(9, 8)),
         {"w": "looked up", "v": "looked up"},
     ),
     "embeddings, projected": (
-        lambda: weight(lambda p, k: jnp.tanh(p["w"][k] * 2) @ p["v"], (9, 8), shape(6, dtype=int), v=(8, 12)),
+        lambda: weight(lambda p, k: jnp.tanh(p["w"][k] * 2) @ p["v"], (9, 8), shape(6, dtype=jnp.int32), v=(8, 12)),
         {"w": "looked up", "v": ("io", "io")},
     ),
     # Control flow and transformations
