@@ -258,7 +258,10 @@ FAMILIES: dict[str, Family] = {
         up.1.weight 64x64x2x2 convolution +64
         up.2.weight 32x8x4x4 convolution +32
         up.3.weight 32x8x4x4 iobb +16
+        up.4.weight 64x64x3x3 convolution +64
         deconv.weight 64x64x3x3 iobb
+        0.weight 64x64x3x3 convolution +64
+        block.up.conv.weight 64x64x2x2 convolution +64
         """,
     ),
     "dcgan": Family("", "", "main.0.weight 64x64x4x4 convolution\nmain.3.weight 64x32x4x4 convolution"),
@@ -328,6 +331,8 @@ FAMILIES: dict[str, Family] = {
         "",
         """
         memory.weight 64x64 table
+        query.weight 64x64 table
+        P.weight 64x64 table
         stack.weight 8x64x64 bilinear
         thing 64x64 ...
         thing2.weight 64x64 square +64

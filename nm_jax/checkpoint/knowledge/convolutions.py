@@ -16,13 +16,18 @@ _UPWARDS = (
     "netg|dec"
 )
 _DOWNWARDS = (
-    "down|downsamplers?|downsampling|downsample|patch|patches|stem|sr|merging|reduction|encoder|extractor|features"
+    "down|downsamplers?|downsampling|downsample|subsampling|patch|patches|stem|sr|merging|reduction|encoder|extractor|"
+    "features|backbone|downsamp|transition|stages?|levels?|trunk|fuse|classifier"
+)
+# Words that only ordinary convolutions have, where nothing around them goes upwards.
+_CONVOLUTIONS = (
+    "\\w*convs?\\w*|cv|projs?|projection|shortcut|squeeze|expand|reduce|fpn|neck|inc|mask_fcn|pointwise|lateral|sr"
 )
 # Ordinary convolutions in what goes upwards: residual blocks, and what follows an interpolation.
 _ORDINARY = (
     r"\w*(res|mid|block)\w*\.(\w+\.)*?(\w*_)?(conv|projection)\w*(\.\d+|\.conv\w*)*|"
     r"upsample\w*\.(\d+\.)?\w*conv(\.conv)?|resample\.\d+|"
-    r"conv_layers\.\d+\.conv|(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
+    r"(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
 )
 
 
@@ -62,7 +67,7 @@ def _by_bias(item: Item) -> Axes | Doubt | None:
     if bias != first:
         groups = bias // second
         return Axes(_axes(item, "io"), f"siblings: a bias of {bias}, a transposed convolution of {groups} groups")
-    if first % second or _ordinary(item) or not any_word(item.words, _UPWARDS):  # else it may be transposed, in groups
+    if first % second or _ordinary(item) or not any_word(item.words, _UPWARDS):  # else transposed, in groups?
         return Axes(_axes(item, "oi"), f"siblings: a bias of {bias}")
     return None
 
@@ -71,19 +76,31 @@ def _by_name(item: Item) -> Axes | Doubt:
     if any_word(item.words, _TRANSPOSED) or re.search(_TRANSPOSED_IN_SAM, item.module):
         return Axes(_axes(item, "io"), f"name: {item.role} is a transposed convolution")
     window = item.shape[2:]
-    if _ordinary(item) or set(window) == {1}:
-        return Axes(_axes(item, "oi"), f"name: {item.role} is no transposed convolution")
-    even = all(size % 2 == 0 for size in window)
-    upwards = any_word(set(item.words) if item.contents.transformers and not even else item.path_words, _UPWARDS)
-    if upwards or (even and not any_word(item.path_words, _DOWNWARDS)):
-        what = "a convolution (out, in, window) or a transposed one (in, out, window)"
-        return Axes(_axes(item, "io" if even else "oi"), what, either=True)
-    return Axes(_axes(item, "oi"), f"name: {item.role} with a window of {'x'.join(map(str, window))}")
+    what = "x".join(map(str, window))
+    if _ordinary(item) or set(window) == {1} or _says_so(item):
+        return Axes(_axes(item, "oi"), f"name: {item.role} with a window of {what}")
+    doubt = "a convolution (out, in, window) or a transposed one (in, out, window)"
+    return Axes(_axes(item, "io" if _even(item) else "oi"), doubt, either=True)
+
+
+def _even(item: Item) -> bool:
+    """Whether all sizes of its window are even, as those of transposed convolutions often are."""
+    return all(size % 2 == 0 for size in item.shape[2:])
+
+
+def _says_so(item: Item) -> bool:
+    """Whether its name is that of an ordinary convolution: transformers' transposed ones are in a table, or go up."""
+    downwards, known = any_word(item.path_words, _DOWNWARDS), item.contents.transformers
+    if _even(item):
+        return downwards and not any_word(item.path_words, _UPWARDS)
+    if any_word(item.words if known else item.path_words, _UPWARDS):
+        return False
+    return known or downwards or any_word(item.words, _CONVOLUTIONS)
 
 
 def _ordinary(item: Item) -> bool:
     """Whether its name is one of those that ordinary convolutions have in what goes upwards."""
-    return bool(re.search(rf"(^|\.)({_ORDINARY})$", item.module))
+    return not _even(item) and bool(re.search(rf"(^|\.)({_ORDINARY})$", item.module))
 
 
 def _axes(item: Item, first: str) -> str:

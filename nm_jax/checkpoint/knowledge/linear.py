@@ -2,7 +2,7 @@
 
 import re
 
-from nm_jax.checkpoint.knowledge._contents import Axes, Contents, Doubt, Item, any_word, words
+from nm_jax.checkpoint.knowledge._contents import Axes, Contents, Doubt, Item, any_word
 
 # Words of names that only linear layers have, which are (out, in), and whole names.
 _WORDS = (
@@ -12,7 +12,7 @@ _WORDS = (
 )
 _NAMES = r"w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|net|up|down|gate|(\w+_)?(in|out)"
 _MEANINGLESS = r"[abcxy]|l\d+"  # names of modules in no other
-_IN_ATTENTION = r"[qkvorg]"
+_IN_ATTENTION = r"[qkvorg]|query|key|value"
 PATCHES = r"(\w+_)?patch(es)?_(embed\w*|projection)|patchifier|patchify|encoder_to_decoder"
 # Layers that are `nn.Linear` in one model and `Conv1D` in another. The first ones widen, in either.
 _WIDENING, CONV1D = r"c_attn|c_fc|c_enc_kv", r"c_attn|c_fc|c_proj|q_attn|c_enc_kv"
@@ -49,8 +49,10 @@ def _is_named(item: Item) -> bool:
     """Whether its name says that it is a linear layer."""
     if len(item.parts) == 2 and re.fullmatch(_MEANINGLESS, item.role):
         return True
-    if re.fullmatch(_IN_ATTENTION, item.role) and len(item.parts) > 2:
-        return any_word(words(item.parts[-3]), "attn|attention")
+    if re.fullmatch(_IN_ATTENTION, item.role):
+        return bool(item.contents.models) or any_word(
+            item.path_words, r"\w*attn|\w*attention|att|ffn?|feed|forward|self"
+        )
     return bool(re.fullmatch(f"{_NAMES}|{PATCHES}", item.role.lower())) or any_word(item.words, _WORDS)
 
 
