@@ -6,7 +6,7 @@ what has landed, and write their tiles transposed.
 
 Expected, by arithmetic: at 256 tokens an instruction (m64n256k32) takes 128 cycles of the tensor cores and 144 of
 reading shared memory, so 89 % of the sparse peak at most, 80 % at 128 tokens. Nothing has been measured on hardware
-yet: the program that a GPU would run is compiled, its operands are emulated, and the rest runs interpreted on a CPU.
+yet: the program that a GPU would run is compiled, and run in an interpreter of its instructions.
 """
 
 import dataclasses
