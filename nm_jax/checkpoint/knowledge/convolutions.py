@@ -3,6 +3,7 @@
 import re
 
 from nm_jax.checkpoint.knowledge._contents import Axes, Doubt, Item, any_word
+from nm_jax.checkpoint.knowledge.linear import MEANINGLESS
 
 _ONE_DIMENSIONAL = (
     "convs?|convd|convolution|pointwise|depthwise|deconv|tconv|convtranspose|downsamplers?|upsamplers?|downsampling|"
@@ -95,7 +96,8 @@ def _says_so(item: Item) -> bool:
         return downwards and not any_word(item.path_words, _UPWARDS)
     if any_word(item.words if known else item.path_words, _UPWARDS):
         return False
-    return known or downwards or any_word(item.words, _CONVOLUTIONS)
+    meaningless = len(item.parts) == 2 and re.fullmatch(MEANINGLESS, item.role)
+    return known or downwards or any_word(item.words, _CONVOLUTIONS) or bool(meaningless)
 
 
 def _ordinary(item: Item) -> bool:

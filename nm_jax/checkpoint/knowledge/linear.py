@@ -11,7 +11,7 @@ _WORDS = (
     "attention|heads?|classifiers?|score|logits|unembed|router|gate|gating"
 )
 _NAMES = r"w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|net|up|down|gate|(\w+_)?(in|out)"
-_MEANINGLESS = r"[abcxy]|l\d+"  # names of modules in no other
+MEANINGLESS = r"[abcxy]|l\d+"  # names of modules in no other
 _IN_ATTENTION = r"[qkvorg]|query|key|value"
 PATCHES = r"(\w+_)?patch(es)?_(embed\w*|projection)|patchifier|patchify|encoder_to_decoder"
 # Layers that are `nn.Linear` in one model and `Conv1D` in another. The first ones widen, in either.
@@ -47,7 +47,7 @@ def linear(item: Item) -> Axes | Doubt | None:
 
 def _is_named(item: Item) -> bool:
     """Whether its name says that it is a linear layer."""
-    if len(item.parts) == 2 and re.fullmatch(_MEANINGLESS, item.role):
+    if len(item.parts) == 2 and re.fullmatch(MEANINGLESS, item.role):
         return True
     if re.fullmatch(_IN_ATTENTION, item.role):
         return bool(item.contents.models) or any_word(
