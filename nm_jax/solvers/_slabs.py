@@ -83,8 +83,14 @@ def solve_matrices(
         return [next(found) if score.size else _nothing(score) for score in scores]
     if not scores:
         return []
-    if pattern.tile is None or pattern.tile[1] == 1:  # solved by a few elementwise passes, which need no slabs
-        return [_solve_at_once(transform(s), t, pattern, solver) for s, t in zip(scores, tilings, strict=True)]
+    if pattern.tile is None or pattern.tile[1] == 1:  # a few elementwise passes, which need no common pool
+        ready = zip(scores, tilings, strict=True)
+        return [
+            (_solve_in_place if pattern.tile and not t.ragged and s.size > _SLAB_ENTRIES else _solve_at_once)(
+                s, t, pattern, solver, transform
+            )
+            for s, t in ready
+        ]
     return _Slabs(scores, tilings, *pattern.tile, transform).solve(pattern, solver)
 
 
@@ -93,8 +99,32 @@ def _nothing(score: Array) -> Solved:
     return Solved(blank(score.shape, bool, score), Proof(*(zero for _ in Proof._fields)), zero)
 
 
-def _solve_at_once(scores, tiling: Tiling, pattern, solver) -> Solved:
-    solution = solver(tiling.split(scores), pattern, tiling.valid())
+def _solve_in_place(score, tiling: Tiling, pattern, solver, transform) -> Solved:
+    """A large matrix of tiles of one column, some rows of tiles at a time."""
+    rows = tiling.rows_of_tiles(score)
+    count, tall, wide = rows.shape
+    most = min(max(_SLAB_ENTRIES // (tall * wide), 1), count)
+    height = next(k for k in range(most, 0, -1) if count % k == 0)
+
+    def slab(k, carry):
+        masks, *sums = carry
+        tiles = transform(jax.lax.dynamic_slice_in_dim(rows, k * height, height)).transpose(1, 0, 2)[:, None]
+        solution = solver(tiles, pattern)
+        masks = jax.lax.dynamic_update_slice_in_dim(masks, solution.mask[:, 0].transpose(1, 0, 2), k * height, 0)
+        found = solution.proof.total(), jnp.sum(solution.nan, dtype=jnp.float32)
+        return masks, *jax.tree.map(jnp.add, tuple(sums), found)
+
+    dtype = jnp.float64 if score.dtype.itemsize == 8 else jnp.float32
+    empty = Proof(*(blank((), dtype, score) for _ in Proof._fields))
+    start = blank(rows.shape, bool, score), empty, blank((), jnp.float32, score)
+    masks, proof, nan = jax.lax.fori_loop(0, count // height, slab, start)
+    batch = tiling.matrix_shape[0]
+    tiles = masks.reshape(batch, count // batch, tall, wide).transpose(2, 0, 1, 3)[:, None]
+    return Solved(tiling.join(tiles), proof, nan)
+
+
+def _solve_at_once(scores, tiling: Tiling, pattern, solver, transform) -> Solved:
+    solution = solver(tiling.split(transform(scores)), pattern, tiling.valid())
     return Solved(tiling.join(solution.mask), solution.proof.total(), jnp.sum(solution.nan, dtype=jnp.float32))
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nm_jax import TransposableNM
+from nm_jax import TransposableNM, parse_pattern
 from nm_jax._core.axes import Tiling
-from nm_jax.solvers import Exact, Greedy, solve_matrices
+from nm_jax.solvers import Exact, Greedy, default_solver, solve_matrices
 from nm_jax.solvers import _slabs as slabs
 
 PATTERN = TransposableNM(2, 4)
@@ -85,3 +85,28 @@ def test_one_solver_is_compiled_for_all_leaves():
         return len(lowered.as_text())
 
     assert size(12) < 1.5 * size(1)
+
+
+@pytest.mark.parametrize("name", ["2:4", "3:4-S"])
+@pytest.mark.parametrize("leaf", [name for name in LEAVES if "ragged" not in name])
+def test_tiles_of_one_column_in_place(monkeypatch, name, leaf):
+    pattern = parse_pattern(name)
+    scores, tiling = jax.random.normal(jax.random.key(1), LEAVES[leaf][0]), Tiling(*LEAVES[leaf], 4, 1)
+    scores = scores.reshape(-1).at[7].set(jnp.nan).reshape(scores.shape)
+    (expected,) = solve_matrices([scores], [tiling], pattern, default_solver(pattern), jnp.abs)
+    monkeypatch.setattr(slabs, "_SLAB_ENTRIES", 40)
+    (found,) = jax.jit(lambda s: solve_matrices([s], [tiling], pattern, default_solver(pattern), jnp.abs))(scores)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    assert float(found.nan) == float(expected.nan) == 1
+    np.testing.assert_allclose(found.proof, expected.proof, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["2:4", "4:8-S", "2:4-T"])
+def test_temporary_memory_of_every_tiled_pattern(name):
+    """Less than half of the weights."""
+    pattern = parse_pattern(name)
+    tiling = Tiling.of((4096, 4096), "io", pattern)
+    solver = default_solver(pattern)
+    run = jax.jit(lambda w: solve_matrices([w], [tiling], pattern, solver, jnp.abs)[0].mask)
+    compiled = run.lower(jax.ShapeDtypeStruct((4096, 4096), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4096**2
