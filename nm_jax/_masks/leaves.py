@@ -3,6 +3,15 @@
 Tiles are independent, so a device can solve those that it holds. `jax.jit` does not know that: joining or reordering
 sharded leaves would gather them. The solve is therefore an operation of its own for the partitioner, which runs on
 each device's part. With explicit meshes it is a `jax.shard_map`; inside one, arrays are local already.
+
+    solve_leaves
+      tiled patterns    _solve_where_they_are     on which devices?
+          one device, or inside a shard_map          _solve_here
+          a mesh with explicit axes                  jax.shard_map of _solve_part
+          a mesh that the compiler partitions        _partitioned: custom_partitioning of _solve_part
+      whole leaves      _solve_here
+    _solve_part  = _solve_here on this device's part, and sums over the devices
+    _solve_here  = solve_matrices for each pattern
 """
 
 import dataclasses

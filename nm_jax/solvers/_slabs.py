@@ -3,6 +3,15 @@
 A solver wants tiles unfolded, entry by entry, which costs another copy of the weights when it is done for all of them.
 Here a loop unfolds a slab, solves it and stores its mask. Large matrices are read in place, a few rows of tiles at a
 time; small ones, which would leave a slab mostly empty, are unfolded into a common pool first.
+
+    solve_matrices
+      no entries                         _nothing
+      the whole leaf, or small groups    _solve_at_once          one call of the solver
+      large matrices of groups           _solve_in_place         a loop, some rows of groups at a time
+      blocks                             _Slabs.solve            one loop for all matrices of the pattern
+          _Large.read   some rows of blocks of one large matrix
+          _read_pool    blocks of the small (or padded) ones -> the solver -> masks and proofs of a slab
+          _collect      from the slabs back to each matrix
 """
 
 import dataclasses
