@@ -24,13 +24,18 @@ def partitioned(function: Callable[..., Out], out_specs: Any, *args: Any) -> Out
     Returns:
       What the function returns, with these specs if a mesh with explicit axes is involved.
     """
-    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
+    leaves, treedef = jax.tree.flatten(args)
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in leaves)
     explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if explicit is None:
         return function(*args)
     # The mesh of the arrays, whether or not the caller has set one.
     with jax.sharding.use_abstract_mesh(explicit):
-        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*args)
+        # Of bare leaves: specs in the place of arrays are in no tree that says what its leaves are.
+        flat = jax.sharding.auto_axes(
+            lambda *given: function(*jax.tree.unflatten(treedef, given)), out_sharding=out_specs
+        )
+        return flat(*leaves)
 
 
 def spec(leaf: Array) -> PartitionSpec:

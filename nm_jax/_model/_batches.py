@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 
-def argument_tuples(batches: Iterable[Any], name: str = "batches") -> Iterator[tuple]:
+def argument_tuples(batches: Any, name: str = "batches") -> Iterator[tuple]:
     """The inputs of every batch as a tuple; what is not a tuple is a single input. Goes through `batches` once.
 
     Raises:

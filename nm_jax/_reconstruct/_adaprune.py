@@ -2,37 +2,35 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias, Unpack
+from typing import Any, Unpack
 
 import jax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from nm_jax._core.paths import empty, located
 from nm_jax._masks.apply import apply_masks
 from nm_jax._masks.trees import masks_by_path
 from nm_jax._model._batches import argument_tuples
-from nm_jax._model.gram import Gram, gram
+from nm_jax._model.gram import gram
 from nm_jax._model.tracing import trace
 from nm_jax._reconstruct._layers import LayerOptions, each_layer, masked_only
 from nm_jax._reconstruct._report import PrunedLayer, PruneReport
 
-Order: TypeAlias = Literal["parallel", "sequential"]
-
 
 def adaprune(
     apply: Callable,
-    params: PyTree[Array],
-    masks: PyTree[Bool[Array, "..."] | None],
+    params: PyTree,
+    masks: PyTree,
     batches: Iterable[Any],
     *,
     held_out: Iterable[Any] | None = None,
     row_mask: Callable[..., Array] | None = None,
     leaves: str | Sequence[str] | None = None,
-    order: Order = "parallel",
+    order: str = "parallel",
     biases: bool = True,
     on_layer: Callable[[PrunedLayer], None] | None = None,
     **how: Unpack[LayerOptions],
-) -> tuple[PyTree[Array], PruneReport]:
+) -> tuple[PyTree, PruneReport]:
     """Masks a model and changes the weights that are left so that every layer's output stays what it was.
 
     For each layer: minimise ||X W - X (S * V)||^2 over V (Eq. 5), with X the layer's calibration inputs
@@ -95,7 +93,7 @@ def adaprune(
     # Adam draws from the batches; the other method only needs their sum.
     parts = [[batch] for batch in batches] if how.get("method") == "adam" else [batches]
 
-    def collect(paths: list[str], model: PyTree[Array], samples: Iterable[Any]) -> PyTree[Gram | None]:
+    def collect(paths: list[str], model: PyTree, samples: Iterable[Any]) -> PyTree:
         return gram(apply, model, samples, [f"^{re.escape(path)}$" for path in paths], row_mask)
 
     if held_out is not None:
@@ -115,7 +113,7 @@ def adaprune(
     return now, PruneReport(tuple(rows))
 
 
-def _only(masks: PyTree[Array | None], paths: set[str]) -> PyTree[Array | None]:
+def _only(masks: PyTree, paths: set[str]) -> PyTree:
     """The masks at some paths, `None` elsewhere."""
     kept = [leaf.value if leaf.path in paths else None for leaf in located(masks, empty)]
     return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=empty), kept)

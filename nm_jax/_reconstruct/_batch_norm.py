@@ -12,9 +12,7 @@ from nm_jax._core.paths import located, map_located, words
 from nm_jax._model._batches import argument_tuples
 
 
-def tune_batch_norm(
-    update: Callable[..., PyTree[Array]], stats: PyTree[Array], batches: Iterable[Any]
-) -> PyTree[Array]:
+def tune_batch_norm(update: Callable[..., PyTree], stats: PyTree, batches: Iterable[Any]) -> PyTree:
     """The statistics of calibration batches: their averages instead of running ones that forget.
 
     Args:
@@ -97,11 +95,11 @@ def _decay(near: np.ndarray, far: np.ndarray, dtype: Any) -> np.ndarray:
     return np.array([float(str(share)) for share in rounded.ravel()]).reshape(rounded.shape)
 
 
-def _leaves(stats: PyTree[Array]) -> dict[str, Any]:
+def _leaves(stats: PyTree) -> dict[str, Any]:
     return {leaf.path: leaf.value for leaf in located(stats)}
 
 
-def _by_path(stats: PyTree[Array]) -> dict[str, np.ndarray]:
+def _by_path(stats: PyTree) -> dict[str, np.ndarray]:
     """Means and variances, in double precision."""
     return {path: np.asarray(leaf, np.float64) for path, leaf in _leaves(stats).items() if _counts(path)}
 

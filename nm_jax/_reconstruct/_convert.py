@@ -26,7 +26,7 @@ from nm_jax.solvers import Solver
 
 
 def fit_masks(
-    params: PyTree[Array],
+    params: PyTree,
     rules: Rules,
     *,
     scores: PyTree | Scores | None = None,
@@ -58,7 +58,7 @@ def fit_masks(
     return _all_masks(survey, params, compute_masks(params, survey.broken, scores=scores, solver=solver))
 
 
-def _all_masks(survey: Survey, params: PyTree[Array], found: PyTree[Array | None]) -> PyTree[Array | None]:
+def _all_masks(survey: Survey, params: PyTree, found: PyTree[Array | None]) -> PyTree[Array | None]:
     """The masks that were found, and those that the other leaves have."""
     leaves, by_path = survey.rules.leaves, leaves_by_path(found)
     paths = [leaf.path for leaf in leaves if isinstance(leaf, SparseLeaf)]
@@ -108,7 +108,7 @@ class Conversion:
 
 def convert(
     apply: Callable,
-    params: PyTree[Array],
+    params: PyTree,
     rules: Rules,
     batches: Iterable[Any],
     *,
@@ -116,7 +116,7 @@ def convert(
     solver: Solver | None = None,
     partial: str = "skip",
     **options: Any,
-) -> tuple[PyTree[Array], Conversion]:
+) -> tuple[PyTree, Conversion]:
     """A model with the pattern that the hardware supports, from whatever sparsity it has, without training.
 
     Dense -> N:M, unstructured -> N:M (`choose_patterns` gives the rules), 4:8 -> 2:4 -> 1:2, transposable or not: the

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax._model.gram import Gram
-from nm_jax._reconstruct._least_squares import Method, Minimiser, adam, conjugate_gradients
+from nm_jax._reconstruct._least_squares import Minimiser, adam, conjugate_gradients
 from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices
 
 _PCG_ITERATIONS = 400
@@ -42,9 +42,9 @@ class Reconstruction:
 
     weight: Float[Array, "..."]
     bias: Float[Array, "..."] | None
-    before: Float[Array, ""]
-    after: Float[Array, ""]
-    iterations: Int[Array, ""]
+    before: Float[Array, "*batch"]
+    after: Float[Array, "*batch"]
+    iterations: Int[Array, "*batch"]
 
 
 def reconstruct(
@@ -55,7 +55,7 @@ def reconstruct(
     bias: Float[Array, "..."] | None = None,
     centred: bool | None = None,
     ridge: float | None = None,
-    method: Method = "pcg",
+    method: str = "pcg",
     iterations: int | None = None,
     learning_rate: float = 1e-2,
 ) -> Reconstruction:

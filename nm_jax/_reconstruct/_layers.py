@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from nm_jax._core.paths import empty, located, map_located
 from nm_jax._masks.apply import apply_masks
@@ -15,7 +15,6 @@ from nm_jax._masks.trees import leaves_by_path, masks_by_path
 from nm_jax._model.gram import Gram
 from nm_jax._reconstruct._counting import share
 from nm_jax._reconstruct._layer import Reconstruction, output_error, reconstruct
-from nm_jax._reconstruct._least_squares import Method
 from nm_jax._reconstruct._report import PrunedLayer, PruneReport
 
 # What a bias is called beside a kernel of some name: the rest of the name stays (`in_proj_weight`, `in_proj_bias`).
@@ -27,21 +26,21 @@ class LayerOptions(TypedDict, total=False):
 
     centred: bool | None
     ridge: float | None
-    method: Method
+    method: str
     iterations: int | None
     learning_rate: float
 
 
 def reconstruct_layers(
-    params: PyTree[Array],
-    masks: PyTree[Bool[Array, "..."] | None],
-    grams: PyTree[Gram | None],
+    params: PyTree,
+    masks: PyTree,
+    grams: PyTree,
     *,
-    held_out: PyTree[Gram | None] | None = None,
+    held_out: PyTree | None = None,
     biases: bool = True,
     on_layer: Callable[[PrunedLayer], None] | None = None,
     **how: Unpack[LayerOptions],
-) -> tuple[PyTree[Array], PruneReport]:
+) -> tuple[PyTree, PruneReport]:
     """Masks a model and changes the weights that are left, given the Gram matrices of its layers' inputs.
 
     `adaprune` is this after an evaluation of the model. Apart, one evaluation serves many masks.

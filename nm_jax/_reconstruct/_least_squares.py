@@ -1,7 +1,7 @@
 """The weights on a support that give the outputs closest to given ones: least squares, given the Gram matrices."""
 
 import functools
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._reconstruct._matrices import InputMoments, sum_rows
-
-Method: TypeAlias = Literal["pcg", "adam"]
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _BURST = 8  # iterations between two looks at the convergence
@@ -22,7 +20,7 @@ _RIDGE_BOUNDS = (1e-3, 0.3)
 class Minimiser(NamedTuple):
     """How the least-squares problems of a layer are solved; the fields are arguments of `nm_jax.reconstruct`."""
 
-    method: Method
+    method: str
     iterations: int
     ridge: float | None
     centred: bool

@@ -57,8 +57,8 @@ class OutputChange:
 
 def compare_outputs(
     apply: Callable,
-    old: PyTree[Array],
-    new: PyTree[Array],
+    old: PyTree,
+    new: PyTree,
     batches: Iterable[tuple],
     row_mask: Callable[..., Array] | None = None,
 ) -> OutputChange | None:

@@ -111,7 +111,7 @@ class Survey(NamedTuple):
     tiles: dict[str, float]
 
     @classmethod
-    def of(cls, params: PyTree[Array], rules: Rules, partial: str) -> "Survey":
+    def of(cls, params: PyTree, rules: Rules, partial: str) -> "Survey":
         leaves = resolve(params, rules, partial)
         active, tiles = {}, {}
         for leaf, value in zip(leaves, jax.tree.leaves(params), strict=True):
@@ -131,7 +131,7 @@ class Survey(NamedTuple):
             )
         )
 
-    def violations(self, params: PyTree[Array]) -> list[Violations]:
+    def violations(self, params: PyTree) -> list[Violations]:
         """The rows of `pattern_violations`."""
         # The mask that keeps as many nonzero weights as it can.
         masks = leaves_by_path(compute_masks(params, self.broken, scores=_is_nonzero))
@@ -164,7 +164,7 @@ def _expected(pattern: Pattern, sparsity: float) -> float | None:
     return violation_probability(pattern.tile_limit, math.prod(pattern.tile), sparsity)
 
 
-def pattern_violations(params: PyTree[Array], rules: Rules, *, partial: str = "skip") -> list[Violations]:
+def pattern_violations(params: PyTree, rules: Rules, *, partial: str = "skip") -> list[Violations]:
     """How many groups, and how many weights, of a sparse model break the pattern that it should get.
 
     Args:
@@ -192,7 +192,7 @@ def pattern_violations(params: PyTree[Array], rules: Rules, *, partial: str = "s
 
 
 def choose_patterns(
-    params: PyTree[Array], rules: Rules, percent: float, *, m: int = 8, transposable: bool = False
+    params: PyTree, rules: Rules, percent: float, *, m: int = 8, transposable: bool = False
 ) -> list[tuple[str, Pattern | None, str | None]]:
     """For every layer of an unstructured sparse model the sparsest n:m whose violation is improbable enough.
 

@@ -105,9 +105,7 @@ def _obc(layer: LayerMatrices, damping: float, w, gram: Gram) -> Float[Array, ".
     return layer.join(layer.split(w.astype(jnp.float32)) ** 2 / uncertainty)
 
 
-def score_tree(
-    score: Callable[[Array, Gram], Array], params: PyTree[Array], grams: PyTree[Gram | None]
-) -> PyTree[Array]:
+def score_tree(score: Callable[[Array, Gram], Array], params: PyTree, grams: PyTree[Gram | None]) -> PyTree:
     """The scores of every parameter that has Gram matrices, and magnitudes of the others.
 
     Args:

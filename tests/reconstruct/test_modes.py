@@ -53,7 +53,7 @@ def test_modes_change_nothing(mode, dtype):
             batches,
         )
         assert jax.tree.all(jax.tree.map(lambda a: a.dtype == dtype, (new, plain[1:], tuned)))
-        assert jax.tree.all(jax.tree.map(lambda a: a.dtype == np.float32, (grams, scores["stack"], plain[0])))
+        assert all(a.dtype == np.float32 for a in jax.tree.leaves((grams, scores["stack"], plain[0])))
         assert nm.choose_patterns(params, RULES, 50) and nm.pattern_violations(new, RULES)[0].tiles == 0
         return jax.tree.map(np.asarray, (new, plain, tuned))
 

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_an_error(layer):
     with pytest.raises(ValueError, match="need Gram matrices"):
         nm.wanda(jnp.ones((6, 4)), gram)
     with pytest.raises(ValueError, match="1 entries for 2 parameters"):
-        nm.score_tree(nm.wanda, {"a": w, "b": w}, {"a": gram})
+        nm.score_tree(nm.wanda, {"a": jnp.asarray(w), "b": jnp.asarray(w)}, {"a": gram})
 
 
 # ------------------------------------------------------------------------------------------ the contract of a score

@@ -30,7 +30,7 @@ from nm_jax._model.tracing._jaxpr import Equation, Literal, Opened, bind, branch
 
 def gram(
     apply: Callable,
-    params: PyTree[Array],
+    params: PyTree,
     batches: Iterable[Any],
     leaves: str | Sequence[str] | LeafRules | None = None,
     row_mask: Callable[..., Array] | Iterable[Array] | None = None,
