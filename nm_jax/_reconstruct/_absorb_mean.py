@@ -30,6 +30,13 @@ def absorb_mean(
     Raises:
       ValueError: when shapes do not fit, or for a pattern without groups.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> w = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+      >>> nm.absorb_mean(w, nm.solve(w, "2:4"), "2:4")[:, 0].tolist()
+      [0.0, 0.0, 4.5, 5.5]
+
     Source: Section 5, "Fixing pruning bias using mean absorption".
     """
     tile = parse_pattern(pattern).tile

@@ -5,7 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Float, Num, Shaped
 
 from nm_jax._core.axes import check_axes
 from nm_jax._model.gram._moments import product_moments
@@ -30,6 +30,15 @@ class Gram:
       contraction: one letter per dimension of the parameter as it is *contracted*: convolution `iiio`, dense `io`,
         experts `bio`, experts on one shared input `oio`.
       groups: feature groups of a convolution: its outputs are `groups` consecutive parts, with one H each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nm_jax as nm
+      >>> record = nm.Gram.from_inputs(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      >>> record.h[0].tolist(), record.total[0].tolist(), int(record.rows[0])
+      ([[10.0, 14.0], [14.0, 20.0]], [4.0, 6.0], 2)
+      >>> int((record + record).rows[0])
+      4
     """
 
     h: Float[Array, "batch K K"]
@@ -49,7 +58,7 @@ class Gram:
 
     @classmethod
     def from_inputs(
-        cls, x: Num[Array, "*batch rows K"], contraction: str = "io", mask: Bool[Array, " rows"] | None = None
+        cls, x: Num[Array, "*batch rows K"], contraction: str = "io", mask: Shaped[Array, "..."] | None = None
     ) -> "Gram":
         """The record of given rows.
 

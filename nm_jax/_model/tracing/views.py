@@ -172,7 +172,7 @@ def _slice(eqn, params, dims, result):
 
 def _split(eqn, params, dims, result):
     del eqn
-    start = sum(params["sizes"][:result])
+    start = int(sum(params["sizes"][:result]))
     cut = sliced(dims[params["axis"]], start, start + int(params["sizes"][result]))
     return [cut if dim == params["axis"] else d for dim, d in enumerate(dims)]
 
