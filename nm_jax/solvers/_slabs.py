@@ -9,8 +9,8 @@ time; small ones, which would leave a slab mostly empty, are unfolded into a com
       the whole leaf, or small groups    _solve_at_once          one call of the solver
       large matrices of groups           _solve_in_place         a loop, some rows of groups at a time
       blocks                             _Slabs.solve            one loop for all matrices of the pattern
-          _Large.read   some rows of blocks of one large matrix
-          _read_pool    blocks of the small (or padded) ones -> the solver -> masks and proofs of a slab
+          _Large.read   some rows of blocks of one large matrix -> the solver -> masks and proofs of a slab
+          _read_pool    blocks of the small (or padded) ones -> the same
           _collect      from the slabs back to each matrix
 """
 
