@@ -1,16 +1,15 @@
 """What the state of an optimiser says of sparse training: masks, dense weights, statistics."""
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, PyTree
 
 from nm_jax._core.nonzero import nonzero
 from nm_jax._core.paths import empty, map_located
 from nm_jax._masks.trees import leaves_by_path
+from nm_jax._training.find_states import hollow, merge, states
 from nm_jax._training.state import RefreshStats, SparseTrainingState
 
 
@@ -42,7 +41,7 @@ def masks(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[Bool[Ar
       >>> nm.masks(opt_state)["bias"] is None
       True
     """
-    merged = _hollow(_merge([state.masks for state in _states(opt_state)]))
+    merged = hollow(merge([state.masks for state in states(opt_state)]))
     return merged if params is None else _like(params, merged, "a mask")
 
 
@@ -75,10 +74,10 @@ def dense_params(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[
       >>> nm.verify(nm.apply_masks(average, nm.masks(opt_state)), "2:4").ok
       True
     """
-    states = _states(opt_state)
-    if all(state.dense is None for state in states):
+    found = states(opt_state)
+    if all(state.dense is None for state in found):
         raise ValueError("the mask is fixed (refresh_every=None), so no dense copy is kept; use the params")
-    dense = _hollow(_merge([state.dense for state in states]))
+    dense = hollow(merge([state.dense for state in found]))
     if params is None:
         return dense
     stored = _like(params, dense, "dense weights")
@@ -108,7 +107,7 @@ def sparse_params(opt_state: Any, params: PyTree[Array]) -> PyTree[Array]:
       >>> nm.sparse_params(opt_state, params)["kernel"][:, 0].tolist()
       [0.0, 0.0, 8.0, 12.0]
     """
-    fixed = all(state.dense is None for state in _states(opt_state))
+    fixed = all(state.dense is None for state in states(opt_state))
     weights = params if fixed else dense_params(opt_state, params)
 
     def value(param, mask, weight):
@@ -162,7 +161,7 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
 
         return state._replace(dense=map_located(value, state.dense))
 
-    _states(opt_state)  # raises where there is none
+    states(opt_state)  # raises where there is none
     return jax.tree.map(reseed, opt_state, is_leaf=lambda node: isinstance(node, SparseTrainingState))
 
 
@@ -188,7 +187,7 @@ def refresh_stats(opt_state: Any) -> RefreshStats:
       >>> stats.flip_rate.tolist(), stats.drift.tolist(), round(float(stats.retained[0]), 3)
       ([0.0], [0.0], 0.767)
     """
-    found = [state.stats for state in _states(opt_state)]
+    found = [state.stats for state in states(opt_state)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
@@ -210,53 +209,3 @@ def _like(params: PyTree, tree: PyTree, what: str) -> PyTree:
     for path in entries:
         raise ValueError(f"the state has {what} for {path}, which is not among params; give the tree that init had")
     return found
-
-
-# States of optax's transformations that move the parameters themselves, past what is inside them.
-_MOVERS = (
-    optax.LookaheadState,
-    optax.contrib.MechanicState,
-    optax.contrib.SAMState,
-    optax.contrib.ScheduleFreeState,
-)
-
-
-def _states(opt_state: Any) -> list[SparseTrainingState]:
-    """All states of `sparse_training` in the state of any optimiser, as plain arrays."""
-    found = _all_of(SparseTrainingState, opt_state)
-    if not found:
-        raise ValueError("this optimiser state holds no state of sparse_training; was tx.init called on it?")
-    for outer in _all_of(_MOVERS, opt_state):
-        # With a fixed mask what they do, sums and averages of sparse weights, has the pattern.
-        if any(state.dense is not None for state in _all_of(SparseTrainingState, outer)):
-            warnings.warn(
-                f"{type(outer).__name__} is around sparse_training: it moves the parameters off their pattern, and "
-                "the next update undoes what it did; put it inside (optax.lookahead: use a fixed mask)",
-                stacklevel=3,
-            )
-
-    # Flax NNX wraps every array of an optimiser state in a Variable.
-    def wrapped(node):
-        return hasattr(node, "get_value")
-
-    return [jax.tree.map(lambda n: n.get_value() if wrapped(n) else n, state, is_leaf=wrapped) for state in found]
-
-
-def _all_of(kind: Any, tree: PyTree) -> list[Any]:
-    """The outermost nodes of a tree that are of a class."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
-    return [node for node in nodes if isinstance(node, kind)]
-
-
-def _merge(trees: list[PyTree]) -> PyTree:
-    """One tree out of several that are empty in different places, as under `optax.multi_transform`."""
-    filled = [tree for tree in trees if not empty(tree)]
-    if len(filled) < 2:
-        return filled[0] if filled else None
-    first = filled[0]
-    treedef: Any = jax.tree.structure(first, is_leaf=lambda node: node is not first)
-    return treedef.unflatten([_merge(list(nodes)) for nodes in zip(*map(treedef.flatten_up_to, filled), strict=True)])
-
-
-def _hollow(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda node: None if empty(node) else node, tree, is_leaf=empty)
