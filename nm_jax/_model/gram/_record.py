@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
 from nm_jax._core.axes import check_axes
@@ -58,12 +59,15 @@ class Gram:
 
     @classmethod
     def from_inputs(
-        cls, x: Num[Array, "*batch rows K"], contraction: str = "io", mask: Shaped[Array, "..."] | None = None
+        cls,
+        x: Num[Array | np.ndarray, "..."],
+        contraction: str = "io",
+        mask: Shaped[Array | np.ndarray, "..."] | None = None,
     ) -> "Gram":
         """The record of given rows.
 
         Args:
-          x: inputs of the layer: its rows, each in the order of the dimensions that are contracted; with a leading
+          x: inputs of the layer, (rows, K), each row in the order of the dimensions that are contracted; with a leading
             dimension for the batch dimensions of the parameter, if it has any.
           contraction: one letter per dimension of the parameter as it is contracted.
           mask: rows that count, True = counts; all if not given.
@@ -77,19 +81,28 @@ class Gram:
         if mask is not None and mask.shape != x.shape[-2:-1]:
             raise ValueError(f"mask has shape {mask.shape}, but x {x.shape} has {x.shape[-2]} rows; give one per row")
         batch = tuple(range(x.ndim - 2))
-        moments = product_moments(x, (x.ndim - 1,), batch, None if mask is None else jnp.asarray(mask).astype(bool))
+        moments = product_moments(
+            jnp.asarray(x), (x.ndim - 1,), batch, None if mask is None else jnp.asarray(mask).astype(bool)
+        )
         return cls(*moments, contraction)
 
     @classmethod
     def from_moments(
         cls,
-        h: Float[Array, "*batch K K"],
-        total: Float[Array, "*batch K"],
-        rows: Num[Array, "*batch"] | int,
+        h: Num[Array | np.ndarray, "..."],
+        total: Num[Array | np.ndarray, "..."],
+        rows: Num[Array | np.ndarray, "..."] | int | float,
         contraction: str = "io",
         groups: int = 1,
     ) -> "Gram":
-        """The record of sums that you have already; without a batch dimension they are one matrix.
+        """The record of sums that you have already.
+
+        Args:
+          h: sums of x x^T, (batch, K, K), or (K, K) for one matrix.
+          total: sums of x, (batch, K) or (K,).
+          rows: how many rows there were, one number or one for each matrix.
+          contraction: one letter per dimension of the parameter as it is contracted.
+          groups: feature groups of a convolution.
 
         Raises:
           ValueError: for shapes that do not fit each other.
