@@ -49,7 +49,7 @@ class Pattern(abc.ABC):
 
     Nothing else asks which pattern it is. Tiles of up to 16 entries have an exact solver at once, `Enumeration`.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> pattern = nm.parse_pattern("2:4-T")
       >>> pattern.tile, pattern.contraction_groups, pattern.relaxed
@@ -176,7 +176,7 @@ class NM(_Grouped):
       n: entries kept in a group, 1 <= n < m.
       m: group size.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> str(nm.NM(2, 4)), nm.NM(2, 4).density
       ('2:4', 0.5)
@@ -209,7 +209,7 @@ class TransposableNM(_Grouped):
       m: block size.
       at_most: keep *at most* n instead, which is all that hardware asks for. It can retain slightly more.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.parse_pattern("2:4-T") == nm.TransposableNM(2, 4)
       True
@@ -286,7 +286,7 @@ class SequentialNM(_Grouped):
       n: entries kept in a group, 1 <= n < m.
       m: group size.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[3.0], [1.0], [2.0], [4.0]]), nm.SequentialNM(2, 4))[:, 0].tolist()
@@ -319,7 +319,7 @@ class Unstructured(Pattern):
     Args:
       sparsity: fraction of zeros, 0 < sparsity < 1.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.Unstructured(0.9).kept(1000)
       100
@@ -381,7 +381,7 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
     Raises:
       ValueError: if the string names no pattern.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.parse_pattern("4:8-T")
       TransposableNM(n=4, m=8, at_most=False)
@@ -416,7 +416,7 @@ def mask_diversity(pattern: str | Pattern, shape: Sequence[int], exact: bool = F
     Raises:
       ValueError: for a shape that tiles do not fit, or masks that cannot be counted exactly in seconds (8:16-T).
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.mask_diversity("2:4", (4, 4)), nm.mask_diversity("2:4-T", (4, 4), exact=True)
       (1296, 90)

@@ -18,7 +18,7 @@ def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None])
       A tree like `params`, exact zeros where pruned. Its gradient is zero for pruned entries (hard masking); use
       `nm_jax.ste` for the straight-through one. Works under `jit`, `vmap` and `grad`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> params = {"kernel": jnp.array([[0.1], [-3.0], [2.0], [0.5]])}

@@ -49,7 +49,7 @@ def compute_masks(
 
     Works under `jit`. On many leaves it is worth it to call it once for all: leaves with one pattern share one solve.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import nm_jax as nm
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jax.numpy.zeros(8)}

@@ -44,7 +44,7 @@ class LeafReport:
       proof: what is proved of the mask (from `compute_masks`).
       judged: what a judge of the axes has against them, or `""`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> row = nm.verify({"kernel": jnp.ones((4, 4))}, "2:4")["kernel"]
@@ -101,7 +101,7 @@ class Report:
       rows: what each sparse leaf is.
       dense: the leaves that stay dense, and why.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> report = nm.verify({"kernel": jnp.eye(4)}, "2:4-T")
@@ -164,7 +164,7 @@ def verify(
     Raises:
       ValueError: for rules that do not fit the tree.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.verify({"kernel": jnp.eye(8)}, "2:4-T").ok

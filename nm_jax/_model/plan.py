@@ -44,7 +44,7 @@ class PlannedLeaf:
       pattern: its pattern, `None` if it stays dense.
       reason: why it stays dense, or `""`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> params = {"up": jnp.ones((8, 16)), "down": jnp.ones((16, 8))}
       >>> row = nm.plan(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 8)), pattern="2:4")["down"]
@@ -91,7 +91,7 @@ class Plan(LeafRules, KnowsAxes):
       partial: what was done with sizes that m does not divide: `"skip"`, `"pad"` or `"error"`.
       remarks: what the reader of the table should know besides.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> params = {name: jnp.ones((8, 8)) for name in ("first", "middle", "last")}
       >>> forward = lambda p, x: x @ p["first"] @ p["middle"] @ p["last"]
@@ -253,7 +253,7 @@ def plan(
     followed, or of which a sum with something else is contracted stays dense, with the reason in its row. Evaluates
     nothing; costs one trace of `apply`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> params = {"up": jnp.ones((3, 8, 16)), "scale": jnp.ones(16), "head": jnp.ones((16, 4))}
       >>> def forward(p, x):  # an ensemble of three, each with its own inputs

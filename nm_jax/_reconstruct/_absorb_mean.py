@@ -30,7 +30,7 @@ def absorb_mean(
     Raises:
       ValueError: when shapes do not fit, or for a pattern without groups.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> w = jnp.array([[1.0], [2.0], [3.0], [4.0]])

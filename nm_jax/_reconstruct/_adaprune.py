@@ -68,7 +68,7 @@ def adaprune(
     compiled is used again by later calls with the same `apply` and shapes. Not for use inside `jit`. Source: Section 5,
     Eq. 5, and Section A.1.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def apply(params, x):

@@ -37,7 +37,7 @@ def tune_batch_norm(update: Callable[..., PyTree], stats: PyTree, batches: Itera
 
     One pass through the network in training mode per batch. Source: Section A.1.1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def update(stats, x):

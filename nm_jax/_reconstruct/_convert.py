@@ -37,8 +37,11 @@ def fit_masks(
 
     Args:
       params: parameters; zeros are what is pruned already.
-      rules, scores, solver, partial: as in `nm_jax.compute_masks`, which finds the other masks. A weight that is zero
-        may be kept there, and AdaPrune may use it.
+      rules: as in `nm_jax.compute_masks`, which finds the other masks. A weight that is zero may be kept there, and
+        AdaPrune may use it.
+      scores: as there.
+      solver: as there.
+      partial: as there.
 
     Returns:
       A tree like `params` of masks, `None` for a leaf that stays dense.
@@ -46,7 +49,7 @@ def fit_masks(
     Raises:
       ValueError: as `nm_jax.compute_masks`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> params = {"kernel": jnp.eye(8)}
@@ -78,7 +81,7 @@ class Conversion:
       outputs: how far the outputs of the network are from what they were; `None` when nothing was changed, or when it
         has no outputs in floating point.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def apply(params, x):
@@ -128,7 +131,9 @@ def convert(
       params: parameters; zeros are what is pruned already.
       rules: a pattern, rules, or a plan (`nm_jax.plan`), which leaves the first and the last layer dense.
       batches: calibration inputs; they are kept in a list.
-      scores, solver, partial: as in `nm_jax.compute_masks`.
+      scores: as in `nm_jax.compute_masks`.
+      solver: as there.
+      partial: as there.
       **options: as in `nm_jax.adaprune`. With `held_out`, the outputs of the network are compared on these inputs.
 
     Returns:
@@ -144,7 +149,7 @@ def convert(
     Costs `adaprune` and two forward passes; what was compiled is used again by later calls with the same `apply` and
     shapes. Not for use inside `jit`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def apply(params, x):

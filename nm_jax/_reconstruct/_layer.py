@@ -39,7 +39,7 @@ class Reconstruction:
       after: the same for the new weights and the new bias; never above `before`.
       iterations: how many were needed.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> gram = nm.Gram.from_inputs(jnp.eye(4))
@@ -100,7 +100,7 @@ def reconstruct(
     dtype of the weights. An iteration costs 2 K^2 flops an output. Works under `jit` and `vmap`; sharded weights and
     Gram matrices stay sharded by their outputs; not differentiable. Source: Section 5, Eq. 5.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])  # the second input repeats the first
@@ -190,7 +190,7 @@ def output_error(
     Raises:
       ValueError: when shapes do not fit each other.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> w = jnp.ones((4, 2))

@@ -60,7 +60,7 @@ def reconstruct_layers(
     Raises:
       ValueError: when shapes or trees do not fit, or when nothing is masked.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def apply(params, x):

@@ -23,7 +23,7 @@ class PrunedLayer:
       bias: whether its bias took up the mean of the change.
       remark: what else there is to say, such as that no bias of it is known.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> row = nm.PrunedLayer("dense/kernel", (4, 4), 0.5, size=4, rows=100, before=0.2, after=0.1, iterations=16)
       >>> print(nm.PruneReport((row,)))
@@ -68,7 +68,7 @@ class PruneReport:
     Attributes:
       layers: one row per masked parameter, in the order in which they were reconstructed.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> report = nm.PruneReport((nm.PrunedLayer("dense/kernel", (4, 4), 0.5),))
       >>> report["dense/kernel"].kept

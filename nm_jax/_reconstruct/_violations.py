@@ -35,7 +35,7 @@ def violation_probability(n: int, m: int, sparsity: float) -> float:
 
     Source: Section 5, Eq. 4, which counts zeros: its N is m - n.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.violation_probability(2, 4, sparsity=0.5)
       0.3125
@@ -58,7 +58,7 @@ class Violations:
       weights: fraction of its nonzero weights that have to go, at least: the paper's pattern violations.
       expected: what `tiles` would be if the zeros were independent (Eq. 4); `None` for other patterns than n:m.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> (row,) = nm.pattern_violations({"kernel": jnp.eye(8)}, "2:4")
@@ -180,7 +180,7 @@ def pattern_violations(params: PyTree, rules: Rules, *, partial: str = "skip") -
 
     Costs one solve of the leaves that break their pattern. Not for use inside `jit`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> params = {"kernel": jnp.zeros((8, 4)).at[:4, 0].set(1.0)}
@@ -213,7 +213,7 @@ def choose_patterns(
 
     Source: Section 5, Fig. 5b.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> params = {"kernel": jnp.tile(jnp.eye(8), (2, 2))}  # 7 of 8 are zero

@@ -45,7 +45,7 @@ def wanda(w: Float[Array, "..."], gram: Gram) -> Float[Array, "..."]:
     Raises:
       ValueError: when shapes do not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> gram = nm.Gram.from_inputs(jnp.array([[3.0, 1.0], [3.0, -1.0]]))  # the first input is three times the second
@@ -81,7 +81,7 @@ def obc(w: Float[Array, "..."], gram: Gram, damping: float = _DAMPING) -> Float[
     Raises:
       ValueError: when shapes do not fit, or for a damping that is not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> rows = jnp.array([[1.0, 1.0, 0.0], [-1.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
@@ -119,7 +119,7 @@ def score_tree(score: Callable[[Array, Gram], Array], params: PyTree, grams: PyT
     Raises:
       ValueError: when shapes or trees do not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}

@@ -32,7 +32,7 @@ def masks(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[Bool[Ar
       UserWarning: where a transformation around `sparse_training` (`optax.lookahead`, `optax.contrib.sam`, `mechanize`,
         `schedule_free`) moves the parameters off their pattern. So do the other functions that read a state.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.zeros(4)}
       >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
@@ -63,7 +63,7 @@ def dense_params(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[
     An exponential moving average is sparse when it is taken of these and masked at the end:
     `nm.apply_masks(ema_of_dense, nm.masks(opt_state))`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.zeros(4)}
       >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
@@ -100,7 +100,7 @@ def sparse_params(opt_state: Any, params: PyTree[Array]) -> PyTree[Array]:
     Raises:
       ValueError: for a state without `sparse_training`, or one of other parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
       >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
@@ -132,7 +132,7 @@ def with_params(opt_state: Any, params: PyTree[Array]) -> Any:
     Raises:
       ValueError: for a state without `sparse_training`, or one of other parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
       >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)
@@ -179,7 +179,7 @@ def refresh_stats(opt_state: Any) -> RefreshStats:
     Raises:
       ValueError: for a state without `sparse_training`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
       >>> opt_state = nm.sparse_training(optax.sgd(0.1), "2:4").init(params)

@@ -25,7 +25,7 @@ class RefreshStats(NamedTuple):
         model has not always been sparse, and the next update undid the edit. All of the first 40 updates after the
         first are looked at, then one in 37.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"a": {"kernel": jnp.ones((4, 8))}, "b": {"kernel": jnp.ones((8, 4))}}
       >>> stats = nm.refresh_stats(nm.sparse_training(optax.sgd(0.1), "2:4").init(params))
@@ -51,7 +51,7 @@ class SparseTrainingState(NamedTuple):
       stats: what the last refresh did.
       inner: state of the inner transformation, made for the dense weights.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jnp.ones((4, 8), jnp.bfloat16), "bias": jnp.zeros(8, jnp.bfloat16)}
       >>> state = nm.sparse_training(optax.adam(0.1), "2:4").init(params)

@@ -19,7 +19,7 @@ def ste(weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Ar
       The masked weight, exact zeros where pruned, in the weight's dtype. Elementwise; works under `jit`, `vmap`, with
       any sharding and in both modes of differentiation.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, nm_jax as nm
       >>> weight, mask = jnp.array([1.0, 2.0]), jnp.array([False, True])
       >>> nm.ste(weight, mask).tolist()
@@ -53,7 +53,7 @@ def sr_ste_term(
       What to add to the gradient, in the weight's dtype, 0 where the weight is kept. Elementwise; works under `jit`,
       `vmap`, `grad` and with any sharding.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> nm.sr_ste_term(jnp.array([1.0, 2.0]), jnp.array([False, True]), decay=0.5).tolist()
       [0.5, 0.0]
@@ -74,7 +74,7 @@ def sr_ste(weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"], decay: f
       The masked weight, in the weight's dtype. Elementwise; works under `jit`, `vmap`, with any sharding and under
       reverse-mode differentiation.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, nm_jax as nm
       >>> weight, mask = jnp.array([1.0, 2.0]), jnp.array([False, True])
       >>> jax.grad(lambda w: jnp.sum(3 * nm.sr_ste(w, mask, 0.5)))(weight).tolist()

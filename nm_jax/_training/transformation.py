@@ -84,7 +84,7 @@ def sparse_training(
 
     Source: Hubara et al., NeurIPS 2021, Sections 3 and 4; SR-STE: Zhou et al., ICLR 2021.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, nm_jax as nm
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
       >>> x = jax.random.normal(jax.random.key(1), (16, 8))

@@ -50,7 +50,7 @@ def save_checkpoint(
 
     Everything is gathered to the host.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm
@@ -130,7 +130,7 @@ def load_checkpoint(path: str | os.PathLike, like: Any = None) -> tuple[PyTree[n
       ValueError: if the checkpoint has no tensor for a path of `like`, or one of another shape.
       OSError: if a file cannot be read.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm

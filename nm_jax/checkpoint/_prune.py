@@ -97,7 +97,7 @@ def prune_checkpoint(
     tensor get the same mask, or stay dense. Memory: a few times the largest tensor that is pruned, or 256 MB of them. A
     solver is compiled once for each pattern.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm

@@ -144,7 +144,7 @@ class CheckpointReport:
       rules: the rules that the checkpoint records, as JSON.
       by: the program that wrote it, where it says so.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm

@@ -32,7 +32,7 @@ def save_scores(path: str | os.PathLike, scores: PyTree[Array | np.ndarray | Gra
       ValueError: naming the leaf, for a record of an input in feature groups, which a diagonal does not tell.
       OSError: if the file exists or cannot be written.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import jax.numpy as jnp
       >>> import numpy as np

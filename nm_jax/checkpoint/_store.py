@@ -47,7 +47,7 @@ class Checkpoint:
       FormatError: if any of the files is not valid, or they do not fit each other.
       OSError: if they cannot be read.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm

@@ -74,7 +74,7 @@ _Value = TypeVar("_Value")
 class FormatError(ValueError):
     """A file is not what it should be. The message names the file, and says what to do.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import nm_jax as nm
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.bin"

@@ -46,7 +46,7 @@ def verify_checkpoint(
       OSError: if it cannot be read.
       ValueError: for rules that do not fit, or none where the checkpoint has no record.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import numpy as np
       >>> import nm_jax as nm

@@ -69,7 +69,7 @@ def nm_matmul(
     NaN; the others are NaN where zeros are multiplied, as dense products and `reference` do, and sparse tensor cores
     mostly do not.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> w = jax.random.normal(jax.random.key(0), (8, 4))

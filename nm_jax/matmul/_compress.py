@@ -28,7 +28,7 @@ class SparseMatrix:
         second, which is larger (the order of the PTX ISA).
       k: columns of the matrix, without padding.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> a = nm.pack(jnp.array([[0.0, 5.0, 0.0, 6.0]]), orientation="backward").backward.matrix

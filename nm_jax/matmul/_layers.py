@@ -48,7 +48,7 @@ def dot_general(
     Raises:
       ValueError: as `nm_matmul`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> dot = nm.dot_general("2:4-T", implementation="reference")  # nn.Dense(4, dot_general=dot)
@@ -80,7 +80,7 @@ def einsum(
     Raises:
       ValueError: as `nm_matmul`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> product = nm.einsum("2:4-T", implementation="reference")  # nnx.Einsum(..., einsum_op=product)
@@ -113,7 +113,7 @@ def conv_general_dilated(
     Raises:
       ValueError: as `nm_matmul`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> conv = nm.conv_general_dilated("2:4-T", implementation="reference")  # nn.Conv(..., conv_general_dilated=conv)

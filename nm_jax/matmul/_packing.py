@@ -29,7 +29,7 @@ class PackedSide:
         group that keeps none is 1.
       k: as in `SparseMatrix`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> side = nm.pack(jnp.eye(4)).forward
@@ -97,7 +97,7 @@ class PackedWeight:
       shape: shape of the leaf.
       axes: its axes, a letter for each dimension: i contraction, o output, b batch.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> import nm_jax as nm
       >>> w = jnp.tile(jnp.array([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]), (2, 1))
@@ -163,12 +163,11 @@ def pack(
 
     For an orientation, the program that XLA makes for a GPU reads the weight once for the values and once for the
     metadata: 5.3 bytes of memory traffic for an entry of bfloat16 (backward) or 5.8 (forward, which transposes),
-    where 3.3 is the least, with a mask; without one, 4 more for the bits that tell zeros. A third read for `overfull`
-    vanishes under `jit` where the flag is not used. Works under `jit`, `vmap` and reverse-mode differentiation: the
-    gradient of a value goes to its entry, and of a weight packed for both products the forward side's is taken, as
-    `nm_matmul` and `unpack` give both sides the same.
+    where 3.3 is the least. A third read for `overfull` vanishes under `jit` where the flag is not used. Works under
+    `jit`, `vmap` and reverse-mode differentiation: the gradient of a value goes to its entry, and of a weight packed
+    for both products the forward side's is taken, as `nm_matmul` and `unpack` give both sides the same.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> w = jnp.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
@@ -209,7 +208,7 @@ def repack(packed: PackedWeight, w: Float[Array, "..."]) -> PackedWeight:
     Raises:
       ValueError: where the weight has another shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> packed = nm.pack(jnp.array([[1.0, 0.0, 0.0, 2.0]]), orientation="backward")
@@ -239,7 +238,7 @@ def unpack(packed: PackedWeight) -> Float[Array, "..."]:
     Raises:
       ValueError: if it was packed for no product.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> print(nm.unpack(nm.pack(jnp.array([[1.0, 0.0, -0.0, 2.0]]), orientation="backward")))

@@ -35,7 +35,7 @@ class Measurement:
       sparse: the sparse product of a packed weight.
       packing: packing the weight.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> times = {"dense": 1.0, "sparse": 0.5, "packing": 0.3}
       >>> measured = nm.matmul.Measurement("GPU", "hopper", 1, "0.12", "bfloat16", 4096, 4096, 4096, **times)
@@ -83,7 +83,7 @@ class Measurement:
 def profile_path() -> pathlib.Path:
     """The file of measurements: `$NM_JAX_PROFILE`, or `matmul.json` in the user's cache folder for nm_jax.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.matmul.profile_path().suffix
       '.json'
@@ -104,7 +104,7 @@ def save_profile(measurements: Sequence[Measurement], path: str | os.PathLike | 
     Returns:
       The path written to.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> import nm_jax as nm
       >>> m = nm.matmul.Measurement("GPU", "hopper", 1, "0.12", "bfloat16", 4096, 4096, 4096, 1.0, 0.5, 0.3)
@@ -133,7 +133,7 @@ def load_profile(path: str | os.PathLike | None = None) -> tuple[Measurement, ..
     Raises:
       ValueError: if the file is not one that `save_profile` wrote.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.matmul.load_profile("no/such/file.json")
       ()

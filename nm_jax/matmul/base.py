@@ -23,7 +23,7 @@ class Product:
       k: columns of A, zeros included, the inputs of a layer going forward.
       packed: whether A is packed already, so that packing costs nothing.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> product = nm.matmul.Product("bfloat16", tokens=512, rows=1024, k=256)
       >>> product.transposed.sizes
@@ -70,7 +70,7 @@ class Implementation:
       version: to be raised when a change makes it faster or slower: what was measured of another version does not
         count.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import nm_jax as nm
       >>> reference = nm.matmul.IMPLEMENTATIONS[-1]

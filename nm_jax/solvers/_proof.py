@@ -20,7 +20,7 @@ class Proof(NamedTuple):
       rounding: the most that it can matter that scores were rounded; 0 for a solver that does not round.
       scale: absolute objective, which makes the others relative.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> proof = nm.solvers.Exact()(jnp.eye(4), nm.TransposableNM(2, 4)).proof

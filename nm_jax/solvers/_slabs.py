@@ -42,7 +42,7 @@ class Solved:
       proof: of all its tiles.
       nan: number of tiles with NaN among their scores.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> from nm_jax._core.axes import Tiling

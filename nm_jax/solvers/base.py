@@ -33,7 +33,7 @@ class Solution:
       nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
       proof: what is proved of each tile.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> solution = nm.solvers.TopK()(jnp.array([[3.0], [1.0]]), nm.NM(1, 2))
@@ -55,7 +55,7 @@ class Solver(abc.ABC):
 
     Solvers are hashable configuration and work under `jax.jit` and `jax.vmap`.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.solvers.Exact().supports(nm.TransposableNM(2, 4)), nm.solvers.Exact().supports(nm.NM(2, 4))
       (True, False)

@@ -18,7 +18,7 @@ class Enumeration(Solver):
 
     Cost: an addition per entry and mask: 90 masks for 2:4-T, 12,870 for any 8 of 16.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[3.0], [1.0], [2.0], [4.0]]), "2:4", nm.solvers.Enumeration())[:, 0].tolist()

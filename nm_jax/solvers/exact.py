@@ -78,7 +78,7 @@ class Exact(Solver):
     Args:
       chunk: blocks that are taken at a time; `None` chooses what fits the cache.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]), "1:3-T", nm.solvers.Exact()).astype(int).tolist()

@@ -27,7 +27,7 @@ class MinCostFlow(Solver):
     Cost: an assignment over m^2 agents (m^2 + n*m for at most n) per block, about 10,000 blocks of 4:8 per second and
     core: the choice for masks that are found once, and the oracle of the tests. Under `jax.jit` it is a host callback.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> scores = jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]])

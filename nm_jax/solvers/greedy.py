@@ -34,7 +34,7 @@ class Greedy(Solver):
 
     Cost: 2*m comparisons per entry, and one pass over the tiles for each entry that completion inserts.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]), "1:3-T", nm.solvers.Greedy()).astype(int).tolist()

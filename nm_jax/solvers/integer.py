@@ -20,7 +20,7 @@ class IntegerProgram(Solver):
     It is here because the paper compares against it: about 250 blocks per second and core. Optimal within the
     tolerances of the HiGHS solver (about 1e-6 of the largest score). Under `jax.jit` it is a host callback.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> scores = jnp.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]])

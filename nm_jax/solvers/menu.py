@@ -37,7 +37,7 @@ def default_solver(pattern: Pattern) -> Solver:
     Raises:
       ValueError: if none does: a pattern of your own with tiles of more than 16 entries needs `solver=`.
 
-    Example:
+    Examples:
       >>> import nm_jax as nm
       >>> nm.solvers.default_solver(nm.parse_pattern("2:4-T"))
       Exact(chunk=None)
@@ -76,7 +76,7 @@ def solve(
 
     Works under `jit` and `vmap`; masks have no gradient.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.abs(jnp.array([[0.1], [-3.0], [2.0], [0.5]])), "2:4")[:, 0].tolist()

@@ -17,7 +17,7 @@ class TopK(Solver):
     Ties go to the lower index. O(m) elementwise passes for n:m; 32 counting passes (64 for float64) for
     unstructured masks.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[3.0], [1.0]]), "1:2", nm.solvers.TopK())[:, 0].tolist()
@@ -46,7 +46,7 @@ class Window(Solver):
 
     Ties keep the lower indices. O(n) elementwise passes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> nm.solve(jnp.array([[3.0], [4.0], [5.0]]), "1:3-S", nm.solvers.Window())[:, 0].tolist()

@@ -65,7 +65,7 @@ def gram(
     over a mesh. Sums are in float32 at the highest precision whatever the model computes in. Goes through the batches
     once: a generator will do. Not for use inside `jit`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> def apply(params, x):

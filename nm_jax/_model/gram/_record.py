@@ -32,7 +32,7 @@ class Gram:
         experts `bio`, experts on one shared input `oio`.
       groups: feature groups of a convolution: its outputs are `groups` consecutive parts, with one H each.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import nm_jax as nm
       >>> record = nm.Gram.from_inputs(jnp.array([[1.0, 2.0], [3.0, 4.0]]))

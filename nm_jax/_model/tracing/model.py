@@ -36,7 +36,7 @@ class LeafTrace:
       shape: its shape.
       uses: every operation where it meets data, in the order of the program.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> leaf = nm.trace(lambda p, x: x @ p["w"].T, {"w": jnp.ones((16, 8))}, jnp.ones((2, 8)))["w"]
       >>> leaf.op, leaf.axes, leaf.count, leaf.flops, leaf.reason
@@ -161,7 +161,7 @@ class Trace(KnowsAxes):
       last: paths of the parameters whose products reach an output without passing another parameter's contraction: of
         several heads, one or more for each.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> params = {"body": jnp.ones((8, 8)), "policy": jnp.ones((8, 4)), "value": jnp.ones((8, 1))}
       >>> def forward(p, x):
@@ -244,7 +244,7 @@ def trace(apply: Callable, params: PyTree, *inputs: Any) -> Trace:
 
     Evaluates nothing; costs one trace of `apply`. Do not call it inside `jit` or `vmap`: it returns no arrays.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, nm_jax as nm
       >>> params = {"table": jnp.ones((10, 8)), "layers": jnp.ones((3, 8, 8))}
       >>> def forward(p, tokens):  # layers in a scan

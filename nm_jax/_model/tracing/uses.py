@@ -53,7 +53,7 @@ class Use:
       changed: for a contraction, what of the parameter is contracted, where that is not zero wherever the parameter
         is: a mask on it does not make the weight sparse.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, nm_jax as nm
       >>> trace = nm.trace(lambda p, x: x @ (p["w"] + p["d"]), {k: jnp.ones((4, 4)) for k in "wd"}, jnp.ones((2, 4)))
       >>> (use,) = trace["w"].uses
