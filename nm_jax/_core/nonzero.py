@@ -23,6 +23,9 @@ def nonzero(values: Shaped[AnyArray, "*shape"]) -> Bool[AnyArray, "*shape"]:
     if not jnp.issubdtype(dtype, jnp.floating):
         return values != 0
     bits = as_bits(values)
+    if not isinstance(bits, np.ndarray):
+        # Newer compilers turn comparisons of the bits back into a comparison of the floats, if they see them.
+        bits = jax.lax.optimization_barrier(bits)
     full = np if isinstance(values, np.ndarray) else jnp
     return functools.reduce(operator.and_, [bits != zero for zero in _zeros(dtype)], full.ones(values.shape, bool))
 
