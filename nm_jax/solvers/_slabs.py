@@ -113,17 +113,24 @@ def _solve_in_place(score, tiling: Tiling, pattern, solver, transform) -> Solved
     rows = tiling.rows_of_tiles(score)
     count, tall, wide = rows.shape
     most = min(max(_SLAB_ENTRIES // (tall * wide), 1), count)
+    dtype = jnp.float64 if score.dtype.itemsize == 8 else jnp.float32
     height = next(k for k in range(most, 0, -1) if count % k == 0)
 
     def slab(k, carry):
         masks, *sums = carry
-        tiles = transform(jax.lax.dynamic_slice_in_dim(rows, k * height, height)).transpose(1, 0, 2)[:, None]
+        slab = jax.lax.dynamic_slice_in_dim(rows, k * height, height)
+
+        # A loop, because it is a fusion boundary: else the compiler reads and transforms each score for each other one.
+        def unfold(i, tiles):
+            row = transform(jax.lax.dynamic_index_in_dim(slab, i, 1, keepdims=False))
+            return jax.lax.dynamic_update_index_in_dim(tiles, row.astype(tiles.dtype)[None], i, 0)
+
+        tiles = jax.lax.fori_loop(0, tall, unfold, blank((tall, 1, height, wide), dtype, score))
         solution = solver(tiles, pattern)
         masks = jax.lax.dynamic_update_slice_in_dim(masks, solution.mask[:, 0].transpose(1, 0, 2), k * height, 0)
         found = solution.proof.total(), jnp.sum(solution.nan, dtype=jnp.float32)
         return masks, *jax.tree.map(jnp.add, tuple(sums), found)
 
-    dtype = jnp.float64 if score.dtype.itemsize == 8 else jnp.float32
     empty = Proof(*(blank((), dtype, score) for _ in Proof._fields))
     start = blank(rows.shape, bool, score), empty, blank((), jnp.float32, score)
     masks, proof, nan = jax.lax.fori_loop(0, count // height, slab, start)

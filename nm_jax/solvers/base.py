@@ -253,10 +253,10 @@ def rank(keys: Int[Array, " size *rest"]) -> Int[Array, " size *rest"]:
 
     All pairs are compared: for groups this is faster than sorting, and it vectorises.
     """
-    index = jnp.arange(keys.shape[0], dtype=jnp.int32).reshape(-1, *[1] * (keys.ndim - 1))
-    place = jnp.zeros(keys.shape, jnp.int32)
-    for k in range(keys.shape[0]):
-        other = keys[k : k + 1]
-        ahead = (other > keys) | ((other == keys) & (k < index))
-        place = place + ahead.astype(jnp.int32)
-    return place
+    rows = list(keys)
+
+    def place(k):
+        ahead = [(other >= rows[k]) if j < k else (other > rows[k]) for j, other in enumerate(rows) if j != k]
+        return functools.reduce(jnp.add, [a.astype(jnp.int32) for a in ahead])
+
+    return jnp.stack([place(k) for k in range(len(rows))])
