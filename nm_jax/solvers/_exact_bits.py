@@ -4,10 +4,11 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 
-def bit(bits: Int[Array, "*shape"], j) -> Bool[Array, "*shape"]:
+def bit(bits: Int[Array, "..."], j: Int[Array, "..."] | int) -> Bool[Array, "..."]:
+    """Whether bit j is set; both are broadcast."""
     return (lax.shift_right_logical(*jnp.broadcast_arrays(bits, jnp.int32(j))) & 1) != 0
 
 
@@ -16,7 +17,7 @@ def positive(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     return lax.shift_right_logical(-x, jnp.full_like(x, 31))
 
 
-def unpack(bits: Int[Array, "m blocks"]) -> Bool[Array, "m m blocks"]:
+def unpack(bits: Integer[Array, "m blocks"]) -> Bool[Array, "m m blocks"]:
     """Row bitmasks as a mask."""
     shape = (bits.shape[0], *bits.shape)
     column = lax.broadcasted_iota(bits.dtype, shape, 1)
