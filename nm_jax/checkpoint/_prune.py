@@ -34,7 +34,7 @@ _AHEAD = 2  # tensors whose masks are found at once
 _IN_FLIGHT = 1 << 28  # bytes of tensors that are worked on at once, if these are more than one
 
 
-class _How(NamedTuple):
+class _Pruning(NamedTuple):
     """What is asked for, beside the leaves: how each is stored, given how it was before, among them."""
 
     rules: list[Any]
@@ -116,8 +116,8 @@ def prune_checkpoint(
         masked = before is not None and before.layout == "dense+mask"
         return records.layout_of(leaf, packed, keep_masks or masked)
 
-    how = _How(records.rules_json(rules), partial, solver, given, layout, progress)
-    return _write(checkpoint, Path(target), leaves, how, overwrite)
+    wanted = _Pruning(records.rules_json(rules), partial, solver, given, layout, progress)
+    return _write(checkpoint, Path(target), leaves, wanted, overwrite)
 
 
 def unpack_checkpoint(
@@ -150,17 +150,18 @@ def unpack_checkpoint(
     leaves: dict[str, Leaf] = {
         name: DenseLeaf(name, tensor.shape, tensor.reason) for name, tensor in checkpoint.tensors.items()
     }
-    how = _How(checkpoint.said.rules, checkpoint.said.partial, None, None, lambda leaf, before: "dense", progress)
-    return _write(checkpoint, Path(target), leaves, how, overwrite)
+    said = checkpoint.said
+    wanted = _Pruning(said.rules, said.partial, None, None, lambda leaf, before: "dense", progress)
+    return _write(checkpoint, Path(target), leaves, wanted, overwrite)
 
 
 def _write(
-    checkpoint: Checkpoint, target: Path, leaves: Mapping[str, Leaf], how: _How, overwrite: bool
+    checkpoint: Checkpoint, target: Path, leaves: Mapping[str, Leaf], wanted: _Pruning, overwrite: bool
 ) -> CheckpointReport:
     if overwrite or not os.path.lexists(target):
         refuse_overlap(checkpoint.path, target)
     folder = checkpoint.index is not None or checkpoint.path.is_dir()
-    job, copied = _Job(leaves, how), []
+    job, copied = _Job(leaves, wanted), []
     with written_beside(target, folder, overwrite) as beside:
         for file in checkpoint.files:
             job.write(checkpoint, file, beside / file.path.name if folder else beside)
@@ -185,8 +186,8 @@ class _Mask(NamedTuple):
 class _Job:
     """The pruning of one checkpoint, and what is known of it so far."""
 
-    def __init__(self, leaves: Mapping[str, Leaf], how: _How):
-        self.leaves, self.how = leaves, how
+    def __init__(self, leaves: Mapping[str, Leaf], wanted: _Pruning):
+        self.leaves, self.wanted = leaves, wanted
         self.reports: list[TensorReport] = []
         self.seconds = {"read": 0.0, "solve": 0.0, "write": 0.0}
         self.weight_map: dict[str, str] = {}
@@ -218,7 +219,7 @@ class _Job:
             else:
                 writer.write(tensor.name, tensor.dtype, tensor.shape, file.pieces(tensor.name))
             self._spent("write")
-            self.how.progress(tensor.name, tensor.nbytes)
+            self.wanted.progress(tensor.name, tensor.nbytes)
 
         self._spent()
         with TensorWriter(path, self._room(file, tensors)) as writer, self._workers() as pool:
@@ -259,7 +260,7 @@ class _Job:
         assert tensor.record is not None
         weight, mask = tensor.read()
         mask = nonzero(weight) if mask is None else mask
-        layout = self.how.layout(tensor.record.leaf(tensor.name), tensor.record)
+        layout = self.wanted.layout(tensor.record.leaf(tensor.name), tensor.record)
         if layout == "values+positions" and not two_of_four(mask, tensor.record.axes):
             layout = "values+mask"
         kept = int(np.count_nonzero(mask))
@@ -267,10 +268,10 @@ class _Job:
 
     def _find(self, tensor: Tensor, leaf: SparseLeaf, weight: np.ndarray) -> "_Mask":
         """The mask of a tensor, and what to record of it."""
-        solver = self.how.solver
+        solver = self.wanted.solver
         if solver is None or not solver.supports(leaf.pattern):
             solver = default_solver(leaf.pattern)
-        scores = None if self.how.scores is None else self.how.scores.of(tensor, weight)
+        scores = None if self.wanted.scores is None else self.wanted.scores.of(tensor, weight)
         try:
             found = find_mask(weight, leaf, solver, scores, self._stop.is_set)
         except ValueError as error:
@@ -283,7 +284,7 @@ class _Job:
             leaf.axes,
             tensor.dtype,
             tensor.shape,
-            self.how.layout(leaf, None),
+            self.wanted.layout(leaf, None),
             kept,
             share(found.retained, found.total),
             share(found.retained, largest_sum(weight, kept)),
@@ -313,7 +314,7 @@ class _Job:
             leaf = self.leaves[tensor.name]
             if isinstance(leaf, SparseLeaf) or tensor.record is not None:
                 leaf = leaf if isinstance(leaf, SparseLeaf) else tensor.record.leaf(tensor.name)  # type: ignore[union-attr]
-                record = records.longest(leaf, tensor.dtype, self.how.layout(leaf, tensor.record))
+                record = records.longest(leaf, tensor.dtype, self.wanted.layout(leaf, tensor.record))
                 longest[tensor.name] = record
                 stored += records.stored_parts(record, tensor.name)
             else:
@@ -329,7 +330,7 @@ class _Job:
             leaf = self.leaves[tensor.name]
             if tensor.name not in found and isinstance(leaf, DenseLeaf):
                 dense[tensor.name] = leaf.reason
-        return {**kept, records.KEY: Said(found, dense, self.how.rules, self.how.partial).dump()}
+        return {**kept, records.KEY: Said(found, dense, self.wanted.rules, self.wanted.partial).dump()}
 
     def write_index(self, name: str, index: dict, folder: Path) -> None:
         """Writes the index of the shards."""

@@ -209,7 +209,11 @@ class _Slabs:
         if pooled:
             spare = self.pool_slabs * self.size - pool_size
             self.pool, self.valid = (
-                None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, spare)), constant_values=fill)
+                None
+                if x is None
+                else jnp.pad(x, ((0, 0), (0, 0), (0, spare)), constant_values=fill).reshape(
+                    *x.shape[:2], self.pool_slabs, self.size
+                )
                 for x, fill in ((self.pool, 0), (self.valid, True))
             )
 
@@ -251,20 +255,18 @@ class _Slabs:
             tiles, valid = jax.lax.switch(which, readers, k - begin)
             solution = solver(tiles, pattern, valid)
             found = (solution.mask, solution.proof, solution.nan)
+            # By slab, not by tile: tiles may be more than an int32 counts.
             return jax.tree.map(
-                lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, k * self.size, whole.ndim - 1),
-                carry,
-                found,
+                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, k, whole.ndim - 2), carry, found
             )
 
-        total = slabs * self.size
         empty = (
-            blank((self.rows, self.cols, total), bool, self.like),
-            Proof(*[blank((total,), self.dtype, self.like) for _ in Proof._fields]),
-            blank((total,), bool, self.like),
+            blank((self.rows, self.cols, slabs, self.size), bool, self.like),
+            Proof(*[blank((slabs, self.size), self.dtype, self.like) for _ in Proof._fields]),
+            blank((slabs, self.size), bool, self.like),
         )
         found = jax.lax.fori_loop(0, slabs, slab, empty)
-        return self._collect(found)
+        return self._collect(jax.tree.map(lambda x: x.reshape(*x.shape[:-2], slabs * self.size), found))
 
     def _read_large(self, large: _Large, k):
         tiles = large.read(k, self.size, self.transform, self.dtype)
@@ -272,7 +274,7 @@ class _Slabs:
 
     def _read_pool(self, k):
         return tuple(
-            None if x is None else jax.lax.dynamic_slice_in_dim(x, k * self.size, self.size, axis=2)
+            None if x is None else jax.lax.dynamic_index_in_dim(x, k, axis=2, keepdims=False)
             for x in (self.pool, self.valid)
         )
 
