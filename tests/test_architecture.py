@@ -134,3 +134,18 @@ def test_experiments_do_not_train_by_themselves():
     """`experiments/train.py` has the only step of an optimiser."""
     loops = [path.name for path in EXPERIMENTS if "apply_updates" in path.read_text()]
     assert loops == ["train.py"]
+
+
+def test_files_are_short():
+    lines = {
+        path: len(path.read_text().splitlines())
+        for room in ("nm_jax", "tests", "experiments")
+        for path in python_files(room)
+    }
+    assert not {str(path): count for path, count in lines.items() if count > 500}
+    library = sorted(count for path, count in lines.items() if ROOT in path.parents)
+    assert library[len(library) // 2] < 170
+
+
+def python_files(room):
+    return (ROOT.parent / room).rglob("*.py")
