@@ -18,6 +18,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Where annotations are checked, wrong types are refused before the library can say what to do."""
+    if config.getoption("--jaxtyping-packages", None):
+        for item in items:
+            if item.get_closest_marker("unchecked"):
+                item.add_marker(pytest.mark.skip(reason="annotations rule out what this test passes"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
     """Compiled programs of one module are of no use to the next, and add up to gigabytes."""

@@ -192,7 +192,7 @@ def pattern_violations(params: PyTree, rules: Rules, *, partial: str = "skip") -
 
 
 def choose_patterns(
-    params: PyTree, rules: Rules, percent: float, *, m: int = 8, transposable: bool = False
+    params: PyTree, rules: Rules, percent: float | int, *, m: int = 8, transposable: bool = False
 ) -> list[tuple[str, Pattern | None, str | None]]:
     """For every layer of an unstructured sparse model the sparsest n:m whose violation is improbable enough.
 

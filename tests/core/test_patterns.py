@@ -76,6 +76,7 @@ def test_parse_and_spell(text, pattern):
     assert hash(pattern) == hash(nm.parse_pattern(text))
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     "text", ["", "2-4", "2:4-X", "2:4T", "4:2", "4:4", "0:4", "US-1.5", "US-0", "US-0.0", None, 24]
 )
@@ -84,6 +85,7 @@ def test_wrong_patterns_say_what_to_write(text):
         nm.parse_pattern(text)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("kind", [NM, TransposableNM, SequentialNM])
 @pytest.mark.parametrize(("n", "m"), [(3, 2), (2, 2), (0, 4), (-1, 4), (1.0, 2), (True, 2)])
 def test_wrong_numbers(kind, n, m):

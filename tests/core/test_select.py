@@ -62,6 +62,7 @@ def test_counts_beyond_32_bits():
 SHAPES = [(16, 8192, 16384), (80, 8192, 28672)]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("shape", SHAPES, ids=["2^31", "1.9e10"])
 @pytest.mark.parametrize("pattern", ["2:4", "2:4-S", "2:4-T", "1:2-T", "US-0.5"])
 def test_leaves_of_2_to_the_31_entries(pattern, shape):

@@ -217,6 +217,7 @@ def test_unstructured_masks_are_those_of_one_device():
     np.testing.assert_array_equal(nm.compute_masks({"w": sharded}, [("w", "US-0.75")])["w"], expected)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shape, axes", [((16, 32), "io"), ((2, 8, 32), "iio")])
 def test_a_reconstruction_stays_sharded_by_its_outputs(kind, shape, axes):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
@@ -33,7 +34,7 @@ def gram(
     params: PyTree,
     batches: Iterable[Any],
     leaves: str | Sequence[str] | LeafRules | None = None,
-    row_mask: Callable[..., Array] | Iterable[Array] | None = None,
+    row_mask: Callable[..., Array | np.ndarray] | Iterable[Array | np.ndarray] | None = None,
 ) -> PyTree[Gram | None]:
     """Evaluates a model on batches and sums the Gram matrices of the inputs of its layers: H = sum of x x^T.
 
