@@ -1,13 +1,13 @@
 """Applying masks to parameters."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import PyTree
 
 from nm_jax._core.paths import empty, map_located
 from nm_jax._masks.trees import leaves_by_path
 
 
-def apply_masks(params: PyTree[Array], masks: PyTree[Bool[Array, "..."] | None]) -> PyTree[Array]:
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """`mask * param` for every leaf that has a mask; the others as they are.
 
     Args:

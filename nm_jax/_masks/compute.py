@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from nm_jax._core.paths import empty
 from nm_jax._core.rules import Rules, SparseLeaf, resolve
@@ -20,14 +20,14 @@ Scores: TypeAlias = Callable[[Array], Array]
 
 
 def compute_masks(
-    params: PyTree[Float[Array, "..."]],
+    params: PyTree,
     rules: Rules,
     *,
     scores: PyTree | Scores | None = None,
     solver: Solver | None = None,
     partial: str = "skip",
     return_report: bool = False,
-) -> PyTree[Bool[Array, "..."] | None] | tuple[PyTree, Report]:
+) -> PyTree | tuple[PyTree, Report]:
     """The masks that keep the most of the scores of every parameter that the rules make sparse.
 
     Args:

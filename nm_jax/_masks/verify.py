@@ -138,10 +138,10 @@ def _percent(share) -> str:
 
 
 def verify(
-    params_or_masks: PyTree[Array],
+    params_or_masks: PyTree,
     rules: Rules,
     *,
-    dense: PyTree[Array] | None = None,
+    dense: PyTree | None = None,
     partial: str = "skip",
     judge: KnowsAxes | None = None,
 ) -> Report:

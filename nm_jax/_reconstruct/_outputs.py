@@ -13,6 +13,7 @@ from nm_jax._model._compiled import Skeleton, evaluation
 
 _COLLAPSED = 0.5  # share of the largest logits that are others, or without logits of the variance
 _CHANGED = 0.2  # the same, and of the variance
+_ROUNDING = 1e-6  # outputs in float32 that differ by less, relative to their square, are the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _counted(output: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
 
 
 class _Spread:
-    """The squared distance of outputs from their mean over all examples; of a single one, its square."""
+    """The squared distance of outputs from their mean over all examples; their square where they are all the same."""
 
     def __init__(self):
         self.count, self.total, self.squares = 0, 0.0, 0.0
@@ -120,4 +121,5 @@ class _Spread:
 
     @property
     def value(self) -> float:
-        return self.squares - float(np.sum(self.total**2)) / self.count if self.count > 1 else self.squares
+        spread = self.squares - float(np.sum(self.total**2)) / self.count
+        return spread if spread > _ROUNDING * self.squares else self.squares

@@ -108,8 +108,9 @@ class Record:
         for field in ("retained", "of_unstructured", "gap"):
             if type(table[field]) not in (int, float, type(None)):
                 raise ValueError(f"the record of {name!r} has no valid {field}")
-        if not isinstance(table["source"], str):
-            raise ValueError(f"the record of {name!r} has no valid source")
+        for field in ("pattern", "source"):
+            if not isinstance(table[field], str):
+                raise ValueError(f"the record of {name!r} has no valid {field}")
         if table["dtype"] not in tuple(PRUNABLE):  # anything may stand there: compared, not hashed
             raise ValueError(f"the record of {name!r} has the dtype {table['dtype']!r}, which is never pruned")
         check_axes(table["axes"], tuple(shape))

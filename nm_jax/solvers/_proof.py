@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
@@ -44,12 +45,12 @@ class Proof(NamedTuple):
         return jax.tree.map(jnp.sum, self)
 
     @property
-    def proved(self) -> Bool[Array, "*tiles"]:
+    def proved(self) -> Bool[Array | np.ndarray, "*tiles"]:
         """Whether there is a bound for all tiles."""
         return self.unproved == 0
 
     @property
-    def relative_gap(self) -> Float[Array, "*tiles"]:
+    def relative_gap(self) -> Float[Array | np.ndarray, "*tiles"]:
         """The gap relative to the objective; what it is worth where nothing is proved, `proved` says."""
         return self.gap / jnp.maximum(self.scale, jnp.finfo(jnp.result_type(self.scale)).tiny)
 

@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.patterns import Pattern
@@ -92,9 +93,9 @@ class Solver(abc.ABC):
 
     def __call__(
         self,
-        scores: Float[Array, "rows cols *tiles"],
+        scores: Float[Array | np.ndarray, "rows cols *tiles"],
         pattern: Pattern,
-        valid: Bool[Array, "rows cols *tiles"] | None = None,
+        valid: Bool[Array | np.ndarray, "rows cols *tiles"] | None = None,
     ) -> Solution:
         """Solves every tile.
 
@@ -227,7 +228,7 @@ def _layout(dtype) -> tuple[int, int]:
     return {4: (127, 23), 8: (1023, 52)}[jnp.dtype(dtype).itemsize]
 
 
-def check_scores(scores: Array) -> None:
+def check_scores(scores: Array | np.ndarray) -> None:
     """Raises a ValueError for scores that are not floating point."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be floating point, got {scores.dtype}; convert them first")

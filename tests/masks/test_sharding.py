@@ -289,7 +289,7 @@ def test_a_sharded_model_is_converted_as_on_one_device(kind, images):
 def test_arrays_with_explicit_axes_bring_their_mesh_along():
     """Nobody has to set a mesh: `jax.make_mesh` has explicit axes by default, and arrays know theirs."""
     the_mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:8])
-    w, x = jax.random.normal(jax.random.key(0), (64, 64)), jnp.ones((8, 64))
+    w, x = (jax.random.normal(jax.random.key(k), (size, 64)) for k, size in enumerate((64, 8)))
     columns = {"kernel": jax.device_put(w, NamedSharding(the_mesh, P(None, "x")))}
     whole = {"kernel": jax.device_put(w, NamedSharding(the_mesh, P()))}
     batches = [jax.device_put(x, NamedSharding(the_mesh, P("x", None)))]

@@ -29,6 +29,15 @@ def test_outputs_are_compared_over_all_batches():
     assert same == OutputChange(0.0, 1.0, 30) and not same.collapsed and not same.changed
 
 
+def test_inputs_that_are_all_the_same():
+    """Their outputs have no variance but rounding: what counts is their size."""
+    old, new = {"w": normal(0, 8, 5)}, {"w": 1.01 * normal(0, 8, 5)}
+    x = jnp.ones((6, 8)) / 3
+    found = compare_outputs(lambda params, x: x @ params["w"], old, new, [(x,)])
+    assert found.error == pytest.approx(1e-4, rel=1e-2)
+    assert not found.changed
+
+
 def test_outputs_of_several_kinds():
     def apply(params, x, keep):
         return {"hidden": (x @ params["w"])[..., None], "steps": jnp.int32(3)}
