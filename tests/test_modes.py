@@ -9,6 +9,8 @@ import pytest
 
 from tests.modes_smoke import MODES
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 # One device, and programs that compile fast.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

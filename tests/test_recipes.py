@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 
 import nm_jax
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(nm_jax.__file__).parent.parent
 
 
