@@ -176,7 +176,7 @@ def _objective(
 
 
 def well_scaled(
-    scores: Float[Array, "rows cols *tiles"],
+    scores: Float[Array, "rows cols *tiles"], at_most: bool = False
 ) -> tuple[Float[Array, "rows cols *tiles"], Int[Array, "*tiles"]]:
     """Finite scores with the same optima, whose sums over a tile neither overflow nor vanish; and e, where they are
     the scores divided by 2^e.
@@ -185,6 +185,9 @@ def well_scaled(
     that its largest finite score is between 1/2 and 1 (less if all are subnormal). Infinities then go just far enough
     beyond the finite scores that no exchange of these (it changes at most two entries a row) outweighs one of them:
     farther out they would swamp the others in fixed point. NaN becomes the lowest finite score of its tile.
+
+    With `at_most` nothing has to be kept, so that a negative score is worth no place whatever its size: it does not
+    count for the scale, and becomes -1.
     """
     bias, top = _layout(scores.dtype)
     raw = _raw(scores)
@@ -193,12 +196,12 @@ def well_scaled(
     # A loop that hardly ever runs: unlike the branches of a `cond`, it passes the scores on.
     carry = (wild, scores, blank(scores.shape[2:], jnp.int32, scores))
     return jax.lax.while_loop(
-        lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), *_scale(carry[1])), carry
+        lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), *_scale(carry[1], at_most)), carry
     )[1:]
 
 
 def _scale(
-    scores: Float[Array, "rows cols *tiles"],
+    scores: Float[Array, "rows cols *tiles"], at_most: bool
 ) -> tuple[Float[Array, "rows cols *tiles"], Int[Array, "*tiles"]]:
     raw, (bias, top) = _raw(scores), _layout(scores.dtype)
     magnitude = raw & jnp.iinfo(raw.dtype).max
@@ -207,11 +210,12 @@ def _scale(
     # subnormal numbers to zero.
     exponent = jnp.maximum(magnitude >> top, 1)
     mantissa = (magnitude & ((1 << top) - 1)) | jnp.where(magnitude >> top > 0, 1 << top, 0).astype(raw.dtype)
-    largest = jnp.max(jnp.where(finite, exponent, 1), axis=(0, 1), keepdims=True)
-    shift = exponent - largest - top - 1
+    worthless = (raw < 0) & (magnitude > 0) & at_most
+    largest = jnp.max(jnp.where(finite & ~worthless, exponent, 1), axis=(0, 1), keepdims=True)
+    shift = jnp.minimum(exponent - largest, 0) - top - 1
     factor = jax.lax.bitcast_convert_type(jnp.maximum(shift + bias, 1) << top, scores.dtype)
     values = jnp.where(finite & (shift + bias > 0), mantissa.astype(scores.dtype) * factor, 0)
-    values = jnp.where(raw < 0, -values, values)
+    values = jnp.where(worthless, -1, jnp.where(raw < 0, -values, values))
     low = jnp.min(jnp.where(finite, values, 1), axis=(0, 1), keepdims=True)
     beyond = 4.0 * scores.shape[0]
     values = jnp.where(finite, values, jnp.where(raw < 0, -beyond, beyond).astype(scores.dtype))

@@ -29,17 +29,17 @@ class Enumeration(Solver):
         return pattern.masks() is not None
 
     def solve(self, scores, pattern):
-        return _best(scores, pattern.full, len(pattern.masks())), None
+        return _best(scores, pattern.full, len(pattern.masks()), pattern.relaxed == pattern), None
 
     def solve_edges(self, scores, valid, pattern):
         wanted = valid & (order_key(scores) >= 0)
         return _best(jnp.where(wanted, scores, 0), pattern.allows, len(pattern.masks(allowed=True))) & wanted, None
 
 
-def _best(scores, fits, count: int):
+def _best(scores, fits, count: int, at_most: bool = False):
     """Of the `count` masks that fit, the one that keeps most."""
     rows, cols = scores.shape[:2]
-    scores, _ = well_scaled(scores)
+    scores, _ = well_scaled(scores, at_most)
     entries = [(k, scores[divmod(k, cols)]) for k in range(rows * cols)]
     # The masks as integers; computed here, as an operation of the partitioner may not hold constant arrays.
     every = jnp.arange(1 << len(entries), dtype=jnp.int32)

@@ -134,7 +134,7 @@ def _phase_1(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chunk:
     m, blocks = pattern.m, scores.shape[2]
 
     def descend_piece(start, size, carry):
-        finite, scale = well_scaled(lax.dynamic_slice_in_dim(scores, start, size, axis=2))
+        finite, scale = well_scaled(lax.dynamic_slice_in_dim(scores, start, size, axis=2), pattern.at_most)
         grid, exponent = (quantise if finite.dtype == jnp.float32 else quantise_double)(finite, pattern)
         u, v = descend(grid, pattern)
         bits, solved = threshold(grid, u, v, pattern)

@@ -39,15 +39,16 @@ class MinCostFlow(Solver):
         return isinstance(pattern, TransposableNM)
 
     def solve(self, scores, pattern):
-        return on_host(functools.partial(_optimum, pattern), scores), None
+        return on_host(functools.partial(_optimum, pattern), scores, pattern), None
 
 
-def on_host(solve_block, scores):
+def on_host(solve_block, scores, pattern: TransposableNM):
     """A mask for each tile from a host function of one numpy block, as a `jax.pure_callback`.
 
     Args:
       solve_block: float64 (rows, cols) array -> boolean (rows, cols) array.
       scores: (rows, cols, *tiles).
+      pattern: what is solved.
     """
 
     def solve_all(scores):
@@ -59,7 +60,7 @@ def on_host(solve_block, scores):
         return mask.reshape(scores.shape)
 
     result = jax.ShapeDtypeStruct(scores.shape, jnp.bool_)
-    return jax.pure_callback(solve_all, result, well_scaled(scores)[0], vmap_method="sequential")
+    return jax.pure_callback(solve_all, result, well_scaled(scores, pattern.at_most)[0], vmap_method="sequential")
 
 
 def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:

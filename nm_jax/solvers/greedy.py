@@ -52,7 +52,7 @@ class Greedy(Solver):
         row_place = jnp.swapaxes(rank(jnp.swapaxes(keys, 0, 1)), 0, 1)
         mask = (row_place >= zeros) & (rank(keys) >= zeros)
         if self.complete:
-            mask = _complete(mask, well_scaled(scores)[0], pattern)
+            mask = _complete(mask, well_scaled(scores, pattern.at_most)[0], pattern)
         return mask, None
 
 

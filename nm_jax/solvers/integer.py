@@ -32,10 +32,12 @@ class IntegerProgram(Solver):
         return isinstance(pattern, TransposableNM)
 
     def solve(self, scores, pattern):
-        return on_host(functools.partial(_optimum, pattern), scores), None
+        return on_host(functools.partial(_optimum, pattern), scores, pattern), None
 
 
 def _optimum(pattern: TransposableNM, block: np.ndarray) -> np.ndarray:
+    if pattern.at_most:  # what is negative is worth no place, whatever its size
+        block = np.maximum(block, -block.max(initial=0))
     scale = np.abs(block).max()
     # HiGHS has absolute tolerances: bring the scores to its own order of magnitude.
     costs = -block.ravel() / scale if scale > 0 else np.zeros(block.size)

@@ -39,6 +39,27 @@ def test_optimum_at_both_ends_of_float32(solver, name, exponent):
     check_best(solver, name, jnp.asarray(scores), integers)
 
 
+AT_MOST = [
+    (solver, name)
+    for name in ("1:3-T-at-most", "2:4-T-at-most")
+    for solver in solvers.MENU
+    if solver.supports(nm.parse_pattern(name)) and not isinstance(solver, solvers.Greedy)
+]
+
+
+@pytest.mark.parametrize("worst", [-1.0, -1e30, -3e38, -np.inf])
+@pytest.mark.parametrize(("solver", "name"), AT_MOST, ids=str)
+def test_what_need_not_be_kept_hides_nothing(solver, name, worst):
+    """At most n: a negative score is worth no place, and however large does not take the others' digits."""
+    m = nm.parse_pattern(name).m
+    exact = np.abs(np.random.default_rng(0).normal(size=(m, m, 8))) * 10.0 ** np.random.default_rng(1).uniform(-3, 3)
+    at = np.random.default_rng(2).integers(m, size=(2, 8))
+    exact[at[0], at[1], np.arange(8)] = -1
+    scores = exact.astype(np.float32)
+    scores[at[0], at[1], np.arange(8)] = worst
+    check_best(solver, name, jnp.asarray(scores), exact.astype(np.float32).astype(float))
+
+
 @pairs
 def test_infinity_beats_the_largest_number(solver, name):
     pattern = nm.parse_pattern(name)
