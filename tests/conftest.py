@@ -18,6 +18,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 
 
+def pytest_configure(config):
+    """Programs compiled by another worker, by a subprocess or by an earlier run are not compiled again."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax_programs"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def pytest_collection_modifyitems(config, items):
     """Where annotations are checked, wrong types are refused before the library can say what to do."""
     if config.getoption("--jaxtyping-packages", None):

@@ -36,7 +36,7 @@ def _ste_jvp(primals, tangents):
 
 
 def sr_ste_term(
-    weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"], decay: float = 2e-4
+    weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"], decay: float | Float[Array, ""] = 2e-4
 ) -> Float[Array, "*shape"]:
     """What SR-STE adds to the straight-through gradient: a decay of the pruned weights alone.
 
@@ -62,7 +62,9 @@ def sr_ste_term(
 
 
 @jax.custom_vjp
-def sr_ste(weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"], decay: float = 2e-4) -> Float[Array, "*shape"]:
+def sr_ste(
+    weight: Float[Array, "*shape"], mask: Bool[Array, "*shape"], decay: float | Float[Array, ""] = 2e-4
+) -> Float[Array, "*shape"]:
     """`mask * weight` with the SR-STE gradient: `ste`, plus `sr_ste_term` once.
 
     Args:

@@ -29,10 +29,12 @@ class Solution:
     """What a solver found.
 
     Attributes:
-      mask: True where an entry is kept.
-      objective: sum of the kept scores of each tile (of the finite ones).
-      nan: whether a tile had NaN among its scores. They count as the lowest of all, so the mask is still valid.
+      mask: bool, [rows, cols, *tiles]; True where an entry is kept.
+      objective: float, [*tiles]; sum of the kept scores of each tile (of the finite ones).
+      nan: bool, [*tiles]; whether a tile had NaN among its scores. They count as the lowest, so the mask is valid.
       proof: what is proved of each tile.
+
+    Under `vmap` a solution that is returned has one axis more in front of each.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -42,9 +44,9 @@ class Solution:
       (3.0, False, False)
     """
 
-    mask: Bool[Array, "rows cols *tiles"]
-    objective: Float[Array, "*tiles"]
-    nan: Bool[Array, "*tiles"]
+    mask: Bool[Array, "..."]
+    objective: Float[Array, "..."]
+    nan: Bool[Array, "..."]
     proof: Proof
 
 
