@@ -113,7 +113,13 @@ def test_a_training_step_moves_no_weights_to_refresh(kind, spec):
     np.testing.assert_allclose(nm.refresh_stats(state).retained, nm.refresh_stats(expected_state).retained, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Auto, id="auto"),
+        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("axes", "shape", "spec", "message"),
     [

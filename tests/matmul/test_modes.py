@@ -10,6 +10,7 @@ import pytest
 import nm_jax as nm
 from tests.matmul.cases import transposable
 
+pytestmark = pytest.mark.slow
 MODES = {
     "strict dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "64 bits": lambda: jax.enable_x64(True),

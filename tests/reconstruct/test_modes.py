@@ -7,6 +7,7 @@ import pytest
 
 import nm_jax as nm
 
+pytestmark = pytest.mark.slow
 MODES = {
     "x64": lambda: jax.enable_x64(True),
     "no jit": jax.disable_jit,

@@ -11,6 +11,7 @@ import nm_jax as nm
 from nm_jax import solvers
 from tests.helpers import check_mask
 
+pytestmark = pytest.mark.slow
 PATTERNS = ["2:4", "2:4-S", "2:4-T", "2:4-T-at-most", "US-0.5"]
 PAIRS = [(s, p) for p in PATTERNS for s in solvers.MENU if s.supports(nm.parse_pattern(p))]
 MODES = {
