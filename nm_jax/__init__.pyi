@@ -63,6 +63,8 @@ from ._reconstruct._layer import reconstruct as reconstruct
 from ._reconstruct.scores import obc as obc
 from ._reconstruct.scores import score_tree as score_tree
 from ._reconstruct.scores import wanda as wanda
+from ._reconstruct._permutation import Permutation as Permutation
+from ._reconstruct._permutation import find_permutation as find_permutation
 from ._reconstruct._batch_norm import tune_batch_norm as tune_batch_norm
 
 # Products with 2:4 weights on sparse tensor cores.

@@ -91,20 +91,21 @@ class Tiling:
         checks = (("contraction", rows, self.rows), ("output", cols, self.cols))
         return tuple((name, size, tile) for name, size, tile in checks if size % tile)
 
-    def _matrix(self, leaf):
+    def matrix(self, leaf: Shaped[AnyArray, "..."]) -> Shaped[AnyArray, "batch inputs outputs"]:
+        """The leaf as matrices (batch, contraction, output)."""
         order = self._dims("b") + self._dims("i") + self._dims("o")
         return leaf.transpose(order).reshape(self.matrix_shape)
 
     def rows_of_tiles(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "tile_rows rows columns"]:
         """The leaf as rows of tiles (not yet cut along the output axis), for a leaf that whole tiles fit. For most
         layouts this moves nothing."""
-        return self._matrix(leaf).reshape(-1, self.rows, self.matrix_shape[2])
+        return self.matrix(leaf).reshape(-1, self.rows, self.matrix_shape[2])
 
     def split(self, leaf: Shaped[AnyArray, "..."]) -> Shaped[AnyArray, "rows cols batch row_tiles col_tiles"]:
         """The leaf's tiles. Edge tiles are padded with zeros; groups never wrap into the next row. Those of a numpy
         array stay on the host."""
         batch = self.matrix_shape[0]
-        matrix = self._matrix(leaf)
+        matrix = self.matrix(leaf)
         if self.ragged:
             pad = np.pad if isinstance(matrix, np.ndarray) else jnp.pad
             matrix = pad(matrix, ((0, 0), (0, -matrix.shape[1] % self.rows), (0, -matrix.shape[2] % self.cols)))
