@@ -10,6 +10,7 @@ import nm_jax as nm
 from nm_jax.checkpoint.knowledge import Contents, identify
 from tests.checkpoint.cases import normal
 from tests.checkpoint.families import FAMILIES, Family
+from tests.checkpoint.families_more import MORE
 from tests.helpers import worst_group
 
 
@@ -47,18 +48,20 @@ def check(found: Contents, name: str, kind: str) -> None:
         assert kind.strip(".") in " ".join(said), f"{name}: {finding}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MORE)
 def test_families(family):
-    shapes, kinds = parsed(FAMILIES[family])
+    this = (FAMILIES | MORE)[family]
+    shapes, kinds = parsed(this)
+    found = contents(this, shapes)
     for name, kind in kinds.items():
-        check(contents(FAMILIES[family], shapes), name, kind)
+        check(found, name, kind)
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.model_type])
+@pytest.mark.parametrize("family", [name for name, family in (FAMILIES | MORE).items() if family.model_type])
 @pytest.mark.parametrize("lost", ["config", "biases"])
 def test_with_less_to_go_by_nothing_gets_other_axes(family, lost):
     """Without `config.json`, or without biases, more is not known, and what is known is the same."""
-    this = FAMILIES[family]
+    this = (FAMILIES | MORE)[family]
     shapes, kinds = parsed(this)
     if lost == "config":
         this = this._replace(model_type="")

@@ -10,7 +10,7 @@ _ONE_DIMENSIONAL = (
     "downsample|upsample|patch|patches|stem"
 )
 # Words that only transposed convolutions have, that they may have, and that they never have.
-_TRANSPOSED = "deconv\\w*|transpose|transposed|convtranspose\\w*|convt|tconvs?|transconvs?|transpconvs?"
+_TRANSPOSED = "deconv\\w*|transpose|transposed|convtranspose\\w*|convtr?|tconvs?|transconvs?|transpconvs?"
 _TRANSPOSED_IN_SAM = r"(^|\.)mask_decoder\.upscale_conv[12]$"
 _UPWARDS = (
     "ups?|upsamplers?|upsampling|upsample|upscale|upscaling|upconv|unpool|unpooling|resize|trans|decoder|generator|gen|"
@@ -47,6 +47,11 @@ def convolution(item: Item) -> Axes | Doubt | None:
 
 def _is_one_dimensional(item: Item) -> bool:
     window = item.shape[2]
+    if any_word(item.words, "bilinear|biaffine"):
+        return False
+    stack = window > item.shape[0] and window == item.shape[1]  # one matrix for each relation of a graph
+    if not item.contents.models and (stack or (item.bias == window and window % 2 == 0)):
+        return False
     if any_word(item.words, _ONE_DIMENSIONAL) or any_word(item.path_words, "convs?|convd|convolution"):
         return True
     small = window == 1 or (window < 32 and 2 * window <= item.shape[1])

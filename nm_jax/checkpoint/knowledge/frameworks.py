@@ -2,7 +2,7 @@
 
 import re
 
-from nm_jax.checkpoint.knowledge._contents import Axes, Doubt, Item
+from nm_jax.checkpoint.knowledge._contents import Axes, Doubt, Item, any_word
 from nm_jax.checkpoint.knowledge.linear import CONV1D
 
 _MLX_CONV = {3: "obi", 4: "obbi", 5: "obbbi"}
@@ -62,7 +62,12 @@ def _flax(item: Item) -> Axes | Doubt | None:
         window = shape[: _WINDOWS[item.ndim]]
         odd = len(window) == 2 and window[0] % 2 == 1 and window[0] <= 11
         if len(set(window)) == 1 and (odd or (convolution and window[0] <= 32)):
-            return Axes("b" * len(window) + "io", f"name: kernel of {item.role} with a window of {window}")
+            # Keras stores those as (window, out, in).
+            turned = any_word(item.words, "transpose|transposed|deconv") or any(
+                w.startswith("convtrans") for w in item.words
+            )
+            source = f"name: kernel of {item.role} with a window of {window}"
+            return Axes("b" * len(window) + "io", source, either=turned)
     return Doubt("its kernel may be a convolution, attention heads or stacked layers")
 
 

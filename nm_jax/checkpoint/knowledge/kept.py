@@ -22,9 +22,10 @@ _LAYER_WORDS = (
     "proj|projs|projections?|projector|project|linear|lin|dense|fc|mlp|ffn|convs?|convd|convolution|map|mapper|mapping|"
     "transform"
 )
-_ROUTERS = r"router|routers|gate|gating|wg|switch|shared_expert_gate|moe_gate"
+_BRANCHES = {"mlp", "ffn"}  # an embedding of a branch is one
+_ROUTERS = r"(\w+_)?routers?|gate|gating|wg|switch|shared_expert_gate|moe_gate"
 _HEADS = (
-    r"(\w*_)?(lm_?head|heads?|classifiers?|score|logits?|unembed|embed_out|seq_relationship|qa_outputs?|"
+    r"(\w*_)?(lm_?head|heads?|predictions|classifiers?|score|logits?|unembed|embed_out|seq_relationship|qa_outputs?|"
     r"(class|bbox)_(embed|predictor)|class_labels_classifier|output_layer|cls_score|bbox_pred|classification_layer)"
 )
 _IN_A_HEAD = (  # the last layer of a module that is called a head
@@ -80,7 +81,7 @@ def looked_up(item: Item) -> str:
         return ""
     if re.fullmatch(PATCHES, role):
         return ""
-    if any_word(item.words, _TABLE_WORDS) and not any_word(item.words, _LAYER_WORDS):
+    if any_word(item.words, _TABLE_WORDS) and not any_word(set(item.words) - _BRANCHES, _LAYER_WORDS):
         return f"{'an embedding' if 'emb' in role else 'a lookup table'} {_LOOKED_UP}"
     return f"a lookup table {_LOOKED_UP}" if re.fullmatch(_TABLE_NAMES, role) else ""
 
@@ -117,7 +118,7 @@ def _router(item: Item) -> str:
     last = [part.lower() for part in item.parts[-4:-1]]
     if not any(re.fullmatch(_ROUTERS, part) for part in last):
         return ""
-    if all(part not in ("router", "routers") for part in last):  # a gate that has no experts multiplies
+    if not any(re.search("router", part) for part in last):  # a gate that has no experts multiplies
         block = item.name.removesuffix(f"{item.role}.{item.leaf}")
         beside = (name for name in item.contents.shapes if name.startswith(block))
         if not any_word(item.path_words, "moe") and not any("expert" in name for name in beside):
@@ -139,7 +140,8 @@ def _head(item: Item) -> str:
         return ""
     if inside and inside[-1] == "layers" and any("out" in part for part in _others(item, head)):
         return ""
-    return "an output head" if not inside or re.fullmatch(_IN_A_HEAD, inside[-1]) else ""
+    last = not inside or re.fullmatch(_IN_A_HEAD, inside[-1]) or re.fullmatch(_HEADS, path[-1])
+    return "an output head" if last else ""
 
 
 def _others(item: Item, head: int) -> set[str]:
