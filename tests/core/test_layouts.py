@@ -155,6 +155,59 @@ LAYOUTS = {
         ("patch_embed/bias", (64,), None, None),
         ("experts/weight", (8, 64, 32), "boi", REFUSED),
     ],
+    "Linen, what its names leave open": [
+        ("conv/kernel", (4, 4, 64, 64), "bboi", REFUSED),
+        ("conv/bias", (64,), None, None),
+        ("Conv_0/kernel", (4, 4, 64, 64), "bbio", "bbio"),
+        ("Conv_0/bias", (64,), None, None),
+        ("patchify/kernel", (16, 16, 64, 64), "bbio", "bbio"),
+        ("patchify/bias", (64,), None, None),
+        ("Einsum_0/kernel", (64, 128), "oi", REFUSED),
+        ("q_einsum/kernel", (64, 64), "oi", REFUSED),
+        ("q_einsum/bias", (64,), None, None),
+    ],
+    "PyTorch's words in JAX's order": [
+        ("l1/weight", (32, 64), "io", "io"),
+        ("l1/bias", (64,), None, None),
+        ("l2/weight", (64, 64), "io", "io"),
+        ("l2/bias", (64,), None, None),
+        ("proj/weight", (64, 16), "io", "io"),
+    ],
+    "PyTorch's words, and nothing that says whose": [
+        ("fc/weight", (64, 128), "io", REFUSED),
+        ("square/weight", (64, 64), "oi", REFUSED),
+        ("square/bias", (64,), None, None),
+        ("norm/weight", (64,), None, None),
+    ],
+    "PyTorch's words in both orders": [
+        ("a/weight", (32, 64), "io", "io"),
+        ("a/bias", (64,), None, None),
+        ("b/weight", (32, 64), "oi", "oi"),
+        ("b/bias", (32,), None, None),
+        ("fc/weight", (64, 64), "io", REFUSED),
+    ],
+    "tables called like layers": [
+        ("user/weight", (1000, 32), None, None),
+        ("mlp/weight", (256, 32), None, None),
+        ("item_mlp/weight", (256, 32), None, None),
+        ("fc/weight", (32, 64), "oi", "oi"),
+        ("fc/bias", (32,), None, None),
+        ("head.weight", (16, 32), "oi", "oi"),
+    ],
+    "transposed convolutions called like others": [
+        ("conv/weight", (64, 64, 4, 4), "iobb", REFUSED),
+        ("conv/bias", (64,), None, None),
+        ("conv1/weight", (64, 32, 4, 4), "iobb", REFUSED),
+        ("0/weight", (64, 32, 2, 2), "iobb", REFUSED),
+        ("conv2/weight", (64, 32, 4), "iob", REFUSED),
+        ("conv3/weight", (64, 32, 4, 4), "iobb", "iobb"),
+        ("conv3/bias", (32,), None, None),
+        ("conv4/weight", (64, 64, 3, 3), "oibb", "oibb"),
+        ("conv4/bias", (64,), None, None),
+        ("down/weight", (64, 64, 2, 2), "oibb", "oibb"),
+        ("down/bias", (64,), None, None),
+        ("patch/conv/weight", (64, 4, 16, 16), "oibb", "oibb"),
+    ],
     "PyTorch, flat and dotted": [
         ("l0.weight", (16, 8), "oi", "oi"),
         ("l0.bias", (16,), None, None),
@@ -204,6 +257,12 @@ def test_no_leaf_alone_gets_wrong_axes(code, pattern):
         if alone not in (None, REFUSED):
             assert true is not None or "affine" in path, path  # a scale of two dimensions, without its bias
             assert true is None or same_groups(shape, alone, true, nm.parse_pattern(pattern)), path
+
+
+def test_the_first_of_a_sequence_is_a_table_where_the_next_takes_its_columns():
+    rows = [("net.0.weight", (256, 64)), ("net.2.weight", (32, 64)), ("net.2.bias", (32,)), ("net.3.weight", (8, 32))]
+    assert resolved(shapes(rows), "2:4") == dict(zip((path for path, _ in rows), (None, "oi", None, "oi"), strict=True))
+    assert resolved(shapes([("net.0.weight", (64, 256)), *rows[1:]]), "2:4")["net.0.weight"] == "oi"
 
 
 # ---------------------------------------------------------------------------------------------- modules, traced

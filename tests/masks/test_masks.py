@@ -41,7 +41,7 @@ def test_flattened_heads_and_pytorch_layout():
     mask = nm.compute_masks(params, "2:4-T")["query"]["kernel"]
     assert check_mask(mask.reshape(8, 24), nm.TransposableNM(2, 4))
     weight = jax.random.normal(jax.random.key(1), (8, 16))
-    mask = nm.compute_masks({"weight": weight}, "2:4")["weight"]
+    mask = nm.compute_masks({"fc": {"weight": weight, "bias": jnp.ones(8)}}, "2:4")["fc"]["weight"]
     assert check_mask(mask.T, nm.NM(2, 4))
 
 
