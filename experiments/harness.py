@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from experiments.catalogue import ROOT, Entry, find
@@ -89,17 +89,37 @@ class Run:
       part: which of the experiment's parts; "" if it has none.
       console: to print on.
       path: where the record will be written.
+      command: how it was started.
+      begun: when, by `time.perf_counter`.
     """
 
     args: argparse.Namespace
     part: str
     console: Console
     path: Path
+    command: str
+    begun: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def quick(self) -> bool:
         """Whether to do everything, but tiny."""
         return self.args.quick
+
+    def record(self, result: dict) -> dict:
+        """Writes the record of the result, or of what there is of it so far; returns the result as it was written."""
+        record = {
+            "command": self.command,
+            "commit": _commit(),
+            "device": device_name(),
+            "cores": core_count(),
+            "versions": _versions(),
+            "quick": self.quick,
+            "seconds": round(time.perf_counter() - self.begun, 1),
+            "result": result,
+        }
+        text = json.dumps(record, indent=1)
+        write_text(self.path, text + "\n")
+        return json.loads(text)["result"]
 
     def keep(self, result: dict) -> None:
         """Writes what there is of the result so far beside where it will be, for a run that is cut off."""
@@ -108,7 +128,8 @@ class Run:
     def progress(self, *columns: Any) -> Progress:
         """A display of progress bars, with further columns; use it in a `with` statement."""
         fixed = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        return Progress(*fixed, *columns, TimeElapsedColumn(), console=self.console)
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        return Progress(*fixed, *columns, *times, console=self.console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +143,7 @@ class Experiment:
       problems: what is wrong with a result, in words; anything makes the exit status 1.
       options: adds options of its own.
       parts: what can be measured one by one, and has a result each.
+      presets: how much can be measured, by name, each with a result of its own; the first one unless told otherwise.
       sources: names of results that are rendered together: the result is then theirs by name, of those that are there.
       folder: where results go unless told otherwise.
     """
@@ -132,6 +154,7 @@ class Experiment:
     problems: Callable[[dict], list[str]] = lambda result: []
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     parts: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     folder: Path = RESULTS
 
@@ -238,15 +261,16 @@ def main(entry: Entry, experiment: Experiment, arguments: Sequence[str]) -> int:
         jax.config.update("jax_platforms", args.device)
     console = Console(width=None if sys.stdout.isatty() else 160)
     folder = args.out or (experiment.folder / "quick" if args.quick and not experiment.sources else experiment.folder)
-    parts = args.parts.split(",") if experiment.parts else [""]
-    if unknown := set(parts) - {*experiment.parts, ""}:
-        raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(experiment.parts)}")
+    parts = args.parts.split(",") if experiment.parts else [args.preset] if experiment.presets else [""]
+    if unknown := set(parts) - {*experiment.parts, *experiment.presets, ""}:
+        kind, known = ("parts", experiment.parts) if experiment.parts else ("preset", experiment.presets)
+        raise SystemExit(f"unknown {kind} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     problems = []
     for part in parts:
         if experiment.measure is not None and not args.report:
-            command = ["python", "-m", "experiments", entry.name, *arguments]
+            command = " ".join(["python", "-m", "experiments", entry.name, *arguments])
             path = folder / entry.name / part / f"{device_file()}.json"
-            result = _measure(experiment.measure, Run(args, part, console, path), command, path)
+            result = _measure(experiment.measure, Run(args, part, console, path, command))
             shown = {path.stem: result}
         else:
             shown = rendered(entry, experiment, part, folder)
@@ -270,29 +294,19 @@ def _parser(entry: Entry, experiment: Experiment) -> argparse.ArgumentParser:
     if experiment.parts:
         every = ",".join(experiment.parts)
         parser.add_argument("--parts", default=every, help=f"comma-separated, of {every}; all unless given")
+    if experiment.presets:
+        first, known = experiment.presets[0], ", ".join(experiment.presets)
+        parser.add_argument("--preset", default=first, help=f"how much, of {known}; {first} unless given")
     experiment.options(parser)
     return parser
 
 
-def _measure(measure: Callable[[Run], dict], run: Run, command: list[str], path: Path) -> dict:
+def _measure(measure: Callable[[Run], dict], run: Run) -> dict:
     """Measures and writes the record."""
-    begin = time.perf_counter()
-    result = measure(run)
-    record = {
-        "command": " ".join(command),
-        "commit": _commit(),
-        "device": device_name(),
-        "cores": core_count(),
-        "versions": _versions(),
-        "quick": run.quick,
-        "seconds": round(time.perf_counter() - begin, 1),
-        "result": result,
-    }
-    text = json.dumps(record, indent=1)
-    write_text(path, text + "\n")
-    path.with_suffix(".part").unlink(missing_ok=True)
-    run.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    return json.loads(text)["result"]
+    result = run.record(measure(run))
+    run.path.with_suffix(".part").unlink(missing_ok=True)
+    run.console.print(f"wrote {run.path}", highlight=False, soft_wrap=True)
+    return result
 
 
 def _show(console: Console, experiment: Experiment, result: dict, picture: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""One file per trained result; what they share is `study`."""
