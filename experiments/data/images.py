@@ -63,7 +63,7 @@ def moved(images: np.ndarray, border: int, random: np.random.Generator) -> np.nd
     count, height, width = images.shape[:3]
     padded = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
     tops, lefts = random.integers(0, 2 * border + 1, (2, count))
-    mirrored = random.integers(0, 2, count).tolist()
+    mirrored = random.integers(0, 2, (count,))
     result = np.empty_like(images)
     for k in range(count):
         window = padded[k, tops[k] : tops[k] + height, lefts[k] : lefts[k] + width]
