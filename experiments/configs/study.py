@@ -123,7 +123,7 @@ class Study:
         with run.progress(TextColumn("{task.fields[seen]}")) as display:
             for seed, variant in now:
                 bar = display.add_task(f"{variant.name}, seed {seed}", total=steps * preset.recipe.epochs, seen="")
-                training = self._training(preset, data, variant, seed, steps, base)
+                training = self._run(preset, data, variant, seed, steps, base)
                 display.update(bar, completed=training.number)
                 try:
                     while training.number < training.steps:
@@ -140,7 +140,7 @@ class Study:
                     training.close()
         return result()
 
-    def _training(self, preset: Preset, data: Images, variant: Variant, seed: int, steps: int, base: Path) -> Training:
+    def _run(self, preset: Preset, data: Images, variant: Variant, seed: int, steps: int, base: Path) -> Training:
         recipe = preset.recipe
         tx = variant.sparse(recipe.optimiser(steps), list(self.dense))
         settings = {
