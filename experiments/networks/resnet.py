@@ -10,13 +10,14 @@ Two families share the module; what differs between them are its options:
 | pooling | 4 x 4 windows, 256 features | the whole image, 64 features |
 """
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from experiments.networks import layers, torch_weights
 
 
 class Block(nn.Module):
@@ -25,25 +26,29 @@ class Block(nn.Module):
     width: int
     stride: int
     projection: bool
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, train):
         def norm(name):
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
+            return layers.norm(train, name, self.dtype)
 
-        y = nn.relu(norm("bn1")(_conv(self.width, 3, self.stride, "conv1")(x)))
-        y = norm("bn2")(_conv(self.width, 3, 1, "conv2")(y))
+        def conv(side, stride, name):
+            return layers.conv(self.width, side, stride, name, dtype=self.dtype)
+
+        y = nn.relu(norm("bn1")(conv(3, self.stride, "conv1")(x)))
+        y = norm("bn2")(conv(3, 1, "conv2")(y))
         if x.shape == y.shape:
             return y + x
         if self.projection:
-            return y + norm("shortcut_bn")(_conv(self.width, 1, self.stride, "shortcut_conv")(x))
+            return y + norm("shortcut_bn")(conv(1, self.stride, "shortcut_conv")(x))
         missing = self.width - x.shape[-1]
         halves = (missing // 2, missing - missing // 2)
         return y + jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), halves))
 
 
 class ResNet(nn.Module):
-    """Images `[batch, 32, 32, 3]`, normalised -> logits `[batch, classes]`.
+    """Images `[batch, 32, 32, 3]`, normalised -> logits `[batch, classes]` in float32.
 
     Args:
       blocks: blocks of each stage; every stage but the first halves the image.
@@ -53,6 +58,7 @@ class ResNet(nn.Module):
       projection: shortcuts that change the shape are convolutions; otherwise zero-padded.
       relu_every_block: ReLU after every block; otherwise after the last one of a stage.
       pool: side of the pooling windows; `None` takes the mean over the image.
+      dtype: in which is computed, as bfloat16; parameters are float32.
     """
 
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -62,24 +68,20 @@ class ResNet(nn.Module):
     projection: bool = True
     relu_every_block: bool = False
     pool: int | None = 4
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        x = _conv(self.stem, 3, 1, "conv1")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn1")(x))
+        x = layers.conv(self.stem, 3, 1, "conv1", dtype=self.dtype)(x)
+        x = nn.relu(layers.norm(train, "bn1", self.dtype)(x))
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for k in range(count):
                 stride = 2 if stage > 0 and k == 0 else 1
-                x = Block(width, stride, self.projection, name=f"layer{stage + 1}_{k}")(x, train)
+                x = Block(width, stride, self.projection, self.dtype, name=f"layer{stage + 1}_{k}")(x, train)
                 if self.relu_every_block or k == count - 1:
                     x = nn.relu(x)
         x = jnp.mean(x, axis=(1, 2)) if self.pool is None else nn.avg_pool(x, (self.pool,) * 2, (self.pool,) * 2)
-        return nn.Dense(self.classes, name="linear")(x.reshape(len(x), -1))
-
-
-def _conv(width, side, stride, name):
-    edge = side // 2
-    return nn.Conv(width, (side, side), stride, padding=((edge, edge),) * 2, use_bias=False, name=name)
+        return nn.Dense(self.classes, dtype=self.dtype, name="linear")(x.reshape(len(x), -1)).astype(jnp.float32)
 
 
 def from_torch(weights: Mapping[str, np.ndarray], side: int) -> dict:
@@ -89,24 +91,4 @@ def from_torch(weights: Mapping[str, np.ndarray], side: int) -> dict:
       weights: arrays by their PyTorch names.
       side: side of the pooled image; the last layer sees its channels first there, and last here.
     """
-    variables: dict = {"params": {}, "batch_stats": {}}
-    for key, value in weights.items():
-        *layers, kind = re.sub(r"(layer\d)\.(\d)", r"\1_\2", key).replace("shortcut.0", "shortcut_conv").split(".")
-        layers = ".".join(layers).replace("shortcut.1", "shortcut_bn").split(".")
-        if value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)
-        elif value.ndim == 2:
-            value = value.reshape(len(value), -1, side * side).transpose(2, 1, 0).reshape(-1, len(value))
-        collection, name = _COLLECTIONS.get(kind, ("params", "kernel" if value.ndim > 1 else "scale"))
-        node = variables[collection]
-        for layer in layers:
-            node = node.setdefault(layer, {})
-        node[name] = value
-    return jax.tree.map(jnp.asarray, variables)
-
-
-_COLLECTIONS = {
-    "bias": ("params", "bias"),
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-}
+    return torch_weights.variables(weights, {"linear": side * side})
