@@ -126,11 +126,20 @@ def configurations(kernel: nm.matmul.Implementation) -> dict[str, Callable]:
     return found
 
 
+HOPPER_TILES = [  # tokens, groups, columns of a stage, stages
+    (192, 3, 64, 5),
+    (256, 2, 64, 5),
+    (256, 2, 64, 4),
+    (128, 3, 64, 6),
+    (256, 2, 128, 2),
+    (192, 2, 64, 6),
+    (128, 2, 64, 6),
+]
 HOPPER = [
-    {"tile_tokens": tokens, "tile_k": k, "stages": stages, "cluster": cluster, "in_flight": flight, "raster": raster}
-    for raster, flight, cluster, (tokens, k, stages) in itertools.product(
-        (8, 16), (0, 1), (2, 1), [(256, 64, 5), (256, 64, 4), (256, 128, 2), (192, 64, 6), (128, 64, 6), (128, 128, 4)]
-    )
+    {**dict(zip(("tile_tokens", "groups", "tile_k", "stages"), tile, strict=True)), **rest}
+    for raster, flight, cluster in itertools.product((8, 16), (0, 1), (2, 1))
+    for rest in [{"cluster": cluster, "in_flight": flight, "raster": raster}]
+    for tile in HOPPER_TILES
 ]
 AMPERE = [
     {"tile_k": k, "stages": stages, "raster": raster}

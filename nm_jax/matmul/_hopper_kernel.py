@@ -14,8 +14,9 @@ from nm_jax.matmul import _mosaic as mosaic
 from nm_jax.matmul._fragments import CHUNK, add_product
 from nm_jax.matmul._mosaic import arith, fragmented_array, ir, llvm, memref, nvvm, pl, plgpu
 from nm_jax.matmul._tiles import PTX_TYPES, swizzle_bytes
-from nm_jax.matmul.hopper import GROUP_ROWS, GROUPS, OUT_TOKENS, TILE_ROWS, WARPS, Config
+from nm_jax.matmul.hopper import GROUP_ROWS, OUT_TOKENS, WARPS, Config
 
+INTERPRETS_CLUSTERS = jax.__version_info__ >= (0, 11)
 _STEP = 32  # columns of A, before compression, that an instruction covers
 _MEMORY_REGISTERS = 40  # of a thread of the warpgroup that only moves data
 
@@ -75,8 +76,12 @@ def multiply(
     block = functools.partial(plgpu.BlockSpec, delay_release=config.in_flight)
     shared_x: dict[str, Any] = {"collective_axes": ("cluster",)} if config.cluster > 1 else {}
     specs = [
-        block((TILE_ROWS, config.tile_k // 2), lambda step: (0, step), transforms=mosaic.swizzled(config.tile_k // 2)),
-        block((GROUPS, chunks, 32 * WARPS), lambda step: (0, step, 0)),
+        block(
+            (config.tile_rows, config.tile_k // 2),
+            lambda step: (0, step),
+            transforms=mosaic.swizzled(config.tile_k // 2),
+        ),
+        block((config.groups, chunks, 32 * WARPS), lambda step: (0, step, 0)),
         block(
             (config.tile_tokens, config.tile_k),
             lambda step: (0, step),
@@ -103,7 +108,7 @@ def multiply(
                 plgpu.commit_smem()
                 where = (
                     pl.ds(token_tile * config.tile_tokens + start, OUT_TOKENS),
-                    pl.ds(row_tile * TILE_ROWS + group * GROUP_ROWS, GROUP_ROWS),
+                    pl.ds(row_tile * config.tile_rows + group * GROUP_ROWS, GROUP_ROWS),
                 )
                 plgpu.copy_smem_to_gmem(out.at[group], y_ref.at[where])
             plgpu.wait_smem_to_gmem(0)
@@ -113,13 +118,13 @@ def multiply(
             grid=(k // config.tile_k,),
             in_specs=specs,
             max_concurrent_steps=config.stages,
-            num_compute_wgs=GROUPS,
+            num_compute_wgs=config.groups,
             wg_axis="group",
             memory_registers=_MEMORY_REGISTERS,
             compute_context=compute,
         )(
-            values_ref.at[pl.ds(row_tile * TILE_ROWS, TILE_ROWS)],
-            words_ref.at[pl.ds(row_tile * GROUPS, GROUPS)],
+            values_ref.at[pl.ds(row_tile * config.tile_rows, config.tile_rows)],
+            words_ref.at[pl.ds(row_tile * config.groups, config.groups)],
             x_ref.at[pl.ds(token_tile * config.tile_tokens, config.tile_tokens)],
         )
 
@@ -129,10 +134,12 @@ def multiply(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((tokens, values.shape[0]), x.dtype),
-        scratch_types=[plgpu.SMEM((GROUPS, OUT_TOKENS, GROUP_ROWS), x.dtype, transforms=mosaic.swizzled(GROUP_ROWS))],
+        scratch_types=[
+            plgpu.SMEM((config.groups, OUT_TOKENS, GROUP_ROWS), x.dtype, transforms=mosaic.swizzled(GROUP_ROWS))
+        ],
         grid=(row_tiles * token_tiles,),
         grid_names=("tile",),
-        num_threads=GROUPS + 1,
+        num_threads=config.groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **options,

@@ -34,11 +34,10 @@ def misfit(product: Product, tiles: Sequence[int], device: Any, capability: rang
     sizes = product.sizes
     if 0 in sizes:
         return f"the product is empty: tokens, rows, k = {sizes}"
-    padding = math.prod(_padded(sizes, tiles)) / math.prod(sizes)
-    if padding > MOST_PADDING:
+    if (added := padding(sizes, tiles)) > MOST_PADDING:
         return (
             f"tiles of {tuple(tiles)} (tokens, rows, k) fit {sizes} badly: "
-            f"padding would multiply the work by {padding:.2f}, and sparsity gains less than that"
+            f"padding would multiply the work by {added:.2f}, and sparsity gains less than that"
         )
     return None
 
@@ -64,13 +63,19 @@ def check_operands(a: SparseMatrix, x: Float[Array, "tokens k"]) -> None:
 
 def pad_operands(a: SparseMatrix, x: Float[Array, "tokens k"], tiles: Sequence[int]) -> tuple[Array, Array, Array]:
     """(values, metadata, x), padded to whole tiles of (tokens, rows, k); what is whole already is not copied."""
-    tokens, rows, columns = _padded((x.shape[0], a.rows, a.k), tiles)
+    tokens, rows, columns = padded((x.shape[0], a.rows, a.k), tiles)
     values = _pad(a.values, rows, columns // 2)
     metadata = _pad(a.metadata, rows, columns // 16, jnp.asarray(EMPTY_WORD, a.metadata.dtype))
     return values, metadata, _pad(x, tokens, columns)
 
 
-def _padded(sizes: Sequence[int], tiles: Sequence[int]) -> list[int]:
+def padding(sizes: Sequence[int], tiles: Sequence[int]) -> float:
+    """How many times the multiplications of a product those of the padded one are; 0 for an empty one."""
+    return math.prod(padded(sizes, tiles)) / max(math.prod(sizes), 1)
+
+
+def padded(sizes: Sequence[int], tiles: Sequence[int]) -> list[int]:
+    """Sizes up to whole tiles."""
     return [-(-size // tile) * tile for size, tile in zip(sizes, tiles, strict=True)]
 
 

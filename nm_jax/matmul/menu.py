@@ -14,7 +14,7 @@ from nm_jax.matmul import ampere, hopper, reference
 from nm_jax.matmul.base import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("hopper", hopper.supports, hopper.product),
+    Implementation("hopper", hopper.supports, hopper.product, version=2),
     Implementation("ampere", ampere.supports, ampere.product),
     Implementation("reference", reference.supports, reference.product, is_kernel=False),
 )

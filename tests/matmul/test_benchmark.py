@@ -87,7 +87,7 @@ def test_what_is_checked_and_timed_is_within_what_the_kernels_take(name, capabil
         for dtype in (jnp.bfloat16, jnp.float16):
             product = nm.matmul.Product(dtype, *shape)
             assert kernel.supports(product, device) is None and kernel.supports(product.transposed, device) is None
-    assert len(bench.configurations(kernel)) == {"hopper": 48, "ampere": 8}[name]  # each is valid
+    assert len(bench.configurations(kernel)) == {"hopper": 56, "ampere": 8}[name]  # each is valid
 
 
 def test_the_masks_of_the_checks_have_their_patterns():

@@ -227,8 +227,9 @@ def test_product(name, shape, dtype):
 
 
 CONFIGS = [
-    hopper.Config(tile_tokens=64, tile_k=128, stages=2, raster=1),
-    hopper.Config(tile_tokens=64, stages=2, in_flight=1),
+    hopper.Config(tile_tokens=64, tile_k=128, stages=2, cluster=1, raster=1),
+    hopper.Config(tile_tokens=64, stages=2, cluster=1, in_flight=1),
+    hopper.Config(tile_tokens=64, groups=3, stages=2, cluster=1),
     pytest.param(
         hopper.Config(tile_tokens=64, stages=2, cluster=2),
         marks=pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 does not interpret clusters"),
@@ -364,6 +365,7 @@ def test_product_refuses(name, monkeypatch):
         (hopper.Config, {"stages": 6}, "bytes of shared memory"),
         (hopper.Config, {"stages": 1, "in_flight": 1}, "stages must be more than in_flight"),
         (hopper.Config, {"cluster": 4}, "cluster is 1 or 2"),
+        (hopper.Config, {"tile_tokens": 256, "groups": 3, "stages": 2}, "3 with at most 192 tile_tokens"),
         (ampere.Config, {"tile_k": 32}, "tile_k must be 64 or 128"),
         (ampere.Config, {"stages": 1}, "stages must be at least 2"),
         (ampere.Config, {"tile_k": 128, "stages": 4}, "bytes of shared memory"),
