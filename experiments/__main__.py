@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import catalogue
+from experiments.data.errors import DataError
 
 # Before TensorStore and others are loaded: they take the log level from here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -36,7 +37,10 @@ def main(arguments: list[str]) -> int:
         return importlib.import_module("experiments.report").main(options)
     entry = catalogue.find(name)
     harness = importlib.import_module("experiments.harness")
-    return harness.main(entry, importlib.import_module(entry.module).EXPERIMENT, options)
+    try:
+        return harness.main(entry, importlib.import_module(entry.module).EXPERIMENT, options)
+    except DataError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
