@@ -155,7 +155,7 @@ class Study:
             steps * recipe.epochs,
             seed=seed,
             folder=base / folder(variant, seed),
-            save_every=max(1, steps // 4),
+            save_every=max(10, steps // 4),
             evaluate_every=steps,
             log_every=50,
             settings=settings,

@@ -41,7 +41,7 @@ def start(task: Task, tx: optax.GradientTransformation, seed: int = 0, average: 
 
 def averaged_of(state: State) -> tuple[Params, Extra]:
     """What a moving average is taken of: the dense weights where masks change, the parameters elsewhere."""
-    if refreshed(state.opt_state):
+    if any(found.dense is not None for found in sparse_states(state.opt_state)):
         return nm.dense_params(state.opt_state, state.params), state.extra
     return state.params, state.extra
 
@@ -51,20 +51,24 @@ def evaluated(state: State) -> tuple[Params, Extra]:
     if state.average is None:
         return state.params, state.extra
     params, extra = state.average
-    if refreshed(state.opt_state):
+    if sparse_states(state.opt_state):
+        # Also with masks that stay: the average has a trace of the parameters from before the first step.
         params = nm.apply_masks(params, nm.masks(state.opt_state))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), params, state.params), extra
 
 
-def refreshed(opt_state: Any) -> bool:
-    """Whether masks change in training: sparse training keeps a dense copy then."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, nm.SparseTrainingState))
-    return any(isinstance(x, nm.SparseTrainingState) and x.dense is not None for x in leaves)
+def sparse_states(opt_state: Any) -> list[nm.SparseTrainingState]:
+    """The states of sparse training in that of an optimiser; none if it is dense."""
+
+    def is_sparse(node):
+        return isinstance(node, nm.SparseTrainingState)
+
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_sparse) if is_sparse(node)]
 
 
 def flips(opt_state: Any) -> dict[str, float]:
     """Mask entries that the last refresh changed, of all; nothing where masks do not change."""
-    if not refreshed(opt_state):
+    if not any(found.dense is not None for found in sparse_states(opt_state)):
         return {}
     sizes = [mask.size for mask in jax.tree.leaves(nm.masks(opt_state))]
     return {"flip_rate": float(np.average(nm.refresh_stats(opt_state).flip_rate, weights=sizes))}

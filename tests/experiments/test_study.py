@@ -1,0 +1,162 @@
+"""Trained results by one command: kept, continued, refused, shown; on the digits, with a study of the test's own."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import flax.linen as nn
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+import nm_jax as nm
+from experiments import __main__ as command
+from experiments import catalogue
+from experiments.configs.study import Preset, Study, Variant, folder, tables
+from experiments.data import images
+from experiments.harness import Run
+from experiments.train import Recipe
+from experiments.train.folder import MODEL
+
+
+class Wide(nn.Module):
+    """Three dense layers, which compile fast."""
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        del train  # nothing in it is different
+        x = nn.relu(nn.Dense(32, name="conv1")(images.reshape(len(images), -1)))
+        x = nn.relu(nn.Dense(16, name="middle")(x))
+        return nn.Dense(10, name="linear")(x)
+
+
+VARIANTS = (Variant("dense"), Variant("2:4-T", "2:4-T", refresh_every=7), Variant("ASP", "2:4", refresh_every=None))
+SHORT = Preset(Recipe(epochs=2, batch=64, rate=0.1, average=0.5), Wide(), images.embedded, seeds=1, network="digits")
+STUDY = Study("toy", VARIANTS, {"cpu": SHORT})
+
+
+def measured(path, minutes=None, seeds=None):
+    """The study, as its command would."""
+    parser_options = type("Options", (), {"quick": False, "minutes": minutes, "runs": path, "seeds": seeds})
+    run = Run(parser_options, "cpu", Console(quiet=True), path / "cpu.json", "toy")
+    return run.record(STUDY.experiment().measure(run))
+
+
+def figures(result):
+    """The result without what differs from one start to another."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in result["rows"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    return path, measured(path)
+
+
+def test_a_study_trains_every_variant_of_every_seed(whole):
+    rows = whole[1]["rows"]
+    assert [(row["name"], row["epochs_done"]) for row in rows] == [("dense", 2), ("2:4-T", 2), ("ASP", 2)]
+    assert all(len(row["accuracies"]) == 2 and row["accuracies"][-1] > 30 for row in rows)
+    assert ["flip_rates" in row for row in rows] == [False, True, False]
+    (shown,) = tables(whole[1])
+    assert [row[0] for row in shown.rows] == ["dense", "2:4-T", "ASP"] and shown.rows[1][-1] == "2 of 2"
+    difference = rows[1]["accuracies"][-1] - rows[0]["accuracies"][-1]
+    assert shown.rows[1][2].strip() == f"{difference:+.2f}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=lambda v: v.name)
+def test_models_that_are_written_have_their_pattern(whole, variant):
+    """By slices of the arrays in the file, along W and for -T along W^T; the first and the last layer are dense."""
+    arrays = load_file(whole[0] / "toy/cpu" / folder(variant, 0) / MODEL)
+    kept = arrays["params/middle/kernel"] != 0
+    assert max(kept[k : k + 4].sum(0).max() for k in range(0, 32, 4)) == 2
+    most = max(kept[:, k : k + 4].sum(1).max() for k in range(0, 16, 4))
+    assert most == 2 if variant.pattern == "2:4-T" else most > 2
+    assert np.count_nonzero(arrays["params/linear/kernel"]) == 160
+    assert np.count_nonzero(arrays["params/conv1/kernel"]) == 64 * 32
+
+
+def test_a_start_that_is_cut_off_says_how_far_it_is_and_the_next_one_ends_as_one(whole, tmp_path):
+    part = measured(tmp_path, minutes=1e-9)
+    assert [row["epochs_done"] for row in part["rows"]] == [0, 0, 0]
+    assert all(row[1] is None for row in tables(part)[0].rows)
+    assert figures(measured(tmp_path)) == figures(whole[1])
+
+
+KILLED = textwrap.dedent("""
+    import pathlib, sys
+    from tests.experiments.test_study import measured
+    print("imported", flush=True)
+    measured(pathlib.Path(sys.argv[1]))
+""")
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    """`kill -9` of the process and the same again, ten times; the record on disk is whole at any of them."""
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    draw = random.Random(0)
+    for _ in range(10):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout.readline() == b"imported\n"
+            time.sleep(draw.uniform(0, 6))
+            process.send_signal(signal.SIGKILL)
+        if (tmp_path / "cpu.json").exists():
+            json.loads((tmp_path / "cpu.json").read_text())
+    assert figures(measured(tmp_path)) == figures(whole[1])
+
+
+CONFIGS = [name for name in catalogue.entries() if name.startswith("configs/")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_presets_are_answered_with_known_ones(name):
+    with pytest.raises(SystemExit, match="unknown preset huge; there are cpu, gpu, paper"):
+        command.main([name, "--preset", "huge"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_variants_of_a_config_have_folders_of_their_own_and_patterns_that_exist(name):
+    study = __import__(catalogue.find(name).module, fromlist=["STUDY"]).STUDY
+    assert name == f"configs/{study.name}"
+    assert len({folder(variant, 0) for variant in study.variants}) == len(study.variants)
+    for variant in study.variants:
+        if variant.pattern is not None:
+            nm.parse_pattern(variant.pattern)
+
+
+def test_batches_are_a_function_of_their_number_and_go_through_all_images():
+    data = images.embedded()
+    batches = data.batches(100, seed=1)
+    count = len(data.train[1]) // 100
+    first = [batches(k) for k in range(count)]
+    rows = np.concatenate([x.reshape(100, -1) for x, _ in first])
+    assert len(np.unique(rows, axis=0)) > 990 and rows.shape[0] == 100 * count
+    again = data.batches(100, seed=1)
+    again(count + 3)
+    for number in (2, count - 1):
+        np.testing.assert_array_equal(again(number)[0], first[number][0])
+    assert not np.array_equal(batches(count)[0], first[0][0])
+    assert not np.array_equal(data.batches(100, seed=2)(0)[0], first[0][0])
+    with pytest.raises(SystemExit, match="a batch of 2000 images out of 1078; make the batch smaller"):
+        data.batches(2000, 0)
+
+
+def test_moved_images_are_windows_of_the_image_with_its_border():
+    """Every one of the 2 x 25 possible windows occurs, and nothing else."""
+    image = np.arange(1, 13, dtype=np.uint8).reshape(1, 3, 4, 1)
+    found = images.moved(np.repeat(image, 2000, axis=0), 2, np.random.default_rng(0))
+    padded = np.zeros((7, 8), np.uint8)
+    padded[2:5, 2:6] = image[0, ..., 0]
+    windows = [padded[i : i + 3, j : j + 4] for i in range(5) for j in range(5)]
+    wanted = {w.tobytes() for w in windows} | {w[:, ::-1].tobytes() for w in windows}
+    assert {x[..., 0].tobytes() for x in found} == wanted and len(wanted) == 50
