@@ -20,9 +20,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
 
-from experiments.data import packed
+from experiments.data import glue, packed
+from experiments.data.wordpiece import Tokenizer
 from experiments.harness import Experiment, Run, Table
-from experiments.networks import Tokenizer
 
 PATTERNS = ("2:4-T", "4:8-T")
 LENGTH, QUICK = 64, 100
@@ -52,8 +52,8 @@ def unchanged(path: Path, dense: Path) -> bool:
 def read_pairs(limit: int | None) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     """The sentence pairs as tokens, and their scores."""
     tokenizer = Tokenizer.read(packed.folder() / "weights" / "minilm_vocab.txt")
-    first, second, scores = packed.sentence_pairs("stsb-en-dev")
-    return [tokenizer(texts[:limit], LENGTH) for texts in (first, second)], scores[:limit]
+    pairs = glue.similarity(packed.folder() / "text" / "stsb-en-dev.csv")
+    return [tokenizer(texts[:limit], LENGTH) for texts in (pairs.first, pairs.second or [])], pairs.labels[:limit]
 
 
 def nm_jax(*arguments: str | Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 import nm_jax as nm
 from experiments.harness import Experiment, Run, Table
-from experiments.networks import MiniLM, ResNet
+from experiments.networks import ResNet, SentenceEmbedding
 
 TARGET = 5.0
 BATCH = 128  # images
@@ -44,7 +44,7 @@ def resnet(batch: int = BATCH, **options: Any) -> Case:
 
 def minilm() -> Case:
     """The sentence encoder, at its real size, and sentences."""
-    model = MiniLM()
+    model = SentenceEmbedding()
     tokens = jax.random.randint(jax.random.key(0), (SENTENCES, LENGTH), 0, 1000)
     attended = jnp.ones((SENTENCES, LENGTH), bool)
     params = model.init(jax.random.key(1), tokens[:1], attended[:1])["params"]

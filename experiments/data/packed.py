@@ -1,9 +1,8 @@
-"""Readers of the data folder: images packed into npz files, and tables of sentences.
+"""Readers of the data folder: images packed into npz files, and weights.
 
 The folder is the one that the environment variable `NM_JAX_DATA` names.
 """
 
-import csv
 import io
 import os
 from collections.abc import Sequence
@@ -44,13 +43,6 @@ def images(name: str, chosen: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         stream = io.BytesIO(header + data[offsets[k] : offsets[k + 1]].tobytes())
         decoded.append(np.asarray(Image.open(stream).convert("RGB")))
     return decoded
-
-
-def sentence_pairs(name: str) -> tuple[list[str], list[str], np.ndarray]:
-    """First sentences, second sentences, and how similar they are (0 to 5)."""
-    with (folder() / "text" / f"{name}.csv").open(newline="") as file:
-        first, second, scores = zip(*csv.reader(file), strict=True)
-    return list(first), list(second), np.array(scores, np.float64)
 
 
 def centre_crop(image: np.ndarray, side: int) -> np.ndarray:

@@ -10,9 +10,9 @@ with public ones of PyTorch, which are loaded by name.
 
 from experiments.networks.architectures import ARCHITECTURES as ARCHITECTURES
 from experiments.networks.architectures import Architecture as Architecture
+from experiments.networks.bert import SentenceEmbedding as SentenceEmbedding
 from experiments.networks.digits import DigitsNet as DigitsNet
-from experiments.networks.minilm import MiniLM as MiniLM
-from experiments.networks.minilm import Tokenizer as Tokenizer
+from experiments.networks.language_model import LanguageModel as LanguageModel
 from experiments.networks.pretrained import NETWORKS as NETWORKS
 from experiments.networks.pretrained import Classifier as Classifier
 from experiments.networks.pretrained import Network as Network

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.data import packed
-from experiments.networks import minilm, resnet, squeezenet
+from experiments.data import glue, lengths, packed
+from experiments.data.wordpiece import Tokenizer
+from experiments.networks import bert, bert_weights, resnet, squeezenet
 
 BATCH = 250
 
@@ -119,9 +120,10 @@ class SentenceEncoder(Network):
     length: int = 64
 
     def calibration(self, count, seed):
-        first, second, _ = packed.sentence_pairs("stsb-en-train")
-        chosen = np.random.default_rng(seed).choice(2 * len(first), count, replace=False)
-        sentences = [(first + second)[k] for k in chosen]
+        pairs = _sts("train")
+        sentences = pairs.first + (pairs.second or [])
+        chosen = np.random.default_rng(seed).choice(len(sentences), count, replace=False)
+        sentences = [sentences[k] for k in chosen]
         batches = (sentences[start : start + BATCH] for start in range(0, count, BATCH))
         return [tuple(map(jnp.asarray, self._tokenizer(batch, self.length))) for batch in batches]
 
@@ -129,25 +131,26 @@ class SentenceEncoder(Network):
         tokens, attended, scores = self._test_data
         scores = scores[:limit]
         tokens, attended = tokens[: 2 * len(scores)], attended[: 2 * len(scores)]
-        lengths = attended.sum(axis=1)
-        vectors = np.zeros((len(tokens), self.module.width), np.float32)
-        ordered = np.argsort(lengths, kind="stable")
-        for start in range(0, len(ordered), BATCH):
-            rows = ordered[start : start + BATCH]
-            longest = -(-int(lengths[rows].max()) // 16) * 16  # few different shapes to compile
-            vectors[rows] = self._forward(variables, tokens[rows, :longest], attended[rows, :longest])
+        vectors = np.zeros((len(tokens), self.module.config.width), np.float32)
+        for rows, length in lengths.in_order(attended.sum(axis=1), BATCH):
+            vectors[rows] = self._forward(variables, tokens[rows, :length], attended[rows, :length])
         cosine = np.sum(vectors[0::2] * vectors[1::2], axis=1)
         return 100 * float(spearmanr(cosine, scores).statistic)
 
     @functools.cached_property
     def _tokenizer(self):
-        return minilm.Tokenizer.read(packed.folder() / "weights" / "minilm_vocab.txt")
+        tokenizer = Tokenizer.read(packed.folder() / "weights" / "minilm_vocab.txt")
+        return tokenizer.fits(self.module.config.vocabulary)
 
     @functools.cached_property
     def _test_data(self):
-        first, second, scores = packed.sentence_pairs("stsb-en-dev")
-        pairs = [sentence for pair in zip(first, second, strict=True) for sentence in pair]
-        return *self._tokenizer(pairs, self.length), scores
+        pairs = _sts("dev")
+        sentences = [sentence for pair in zip(pairs.first, pairs.second or [], strict=True) for sentence in pair]
+        return *self._tokenizer(sentences, self.length), pairs.labels
+
+
+def _sts(split: str) -> glue.Sentences:
+    return glue.similarity(packed.folder() / "text" / f"stsb-en-{split}.csv")
 
 
 def row_mask(*inputs: jax.Array) -> Any:
@@ -222,8 +225,10 @@ NETWORKS: dict[str, Network] = {
             title="MiniLM, STS-B",
             metric="Spearman",
             expected=86.72,
-            module=minilm.MiniLM(),
-            variables=lambda: minilm.from_torch(packed.weights("all_minilm_l6_v2_fp16")),
+            module=bert.SentenceEmbedding(bert.MINILM),
+            variables=lambda: bert_weights.from_torch(
+                bert.SentenceEmbedding(bert.MINILM), packed.weights("all_minilm_l6_v2_fp16")
+            ),
         ),
     )
 }

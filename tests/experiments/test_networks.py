@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.networks import NETWORKS, MiniLM, ResNet, SqueezeNet, Tokenizer
+from experiments.networks import NETWORKS, ResNet, SqueezeNet
 from experiments.networks import resnet as resnets
 
 SMALL = {
@@ -59,23 +59,6 @@ def test_weights_of_pytorch_go_where_they_belong():
     arrays["linear.weight"], arrays["linear.bias"] = np.zeros((5, 8)), np.zeros(5)
     loaded = resnets.from_torch(arrays, side=1)
     assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, wanted)
-
-
-def test_padding_does_not_change_a_sentence():
-    module = MiniLM(vocabulary=20, width=8, hidden=16, layers=2, heads=2, positions=16)
-    tokens = jnp.array([[1, 5, 7, 2, 0, 0, 0, 0]])
-    attended = tokens > 0
-    variables = module.init(jax.random.key(0), tokens, attended)
-    long, short = (module.apply(variables, tokens[:, :k], attended[:, :k]) for k in (8, 4))
-    np.testing.assert_allclose(long, short, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(long), 1, rtol=1e-5)
-
-
-def test_words_become_their_longest_pieces():
-    tokenizer = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "play", "##ing", "##in", "a", ".", "cafe"])
-    tokens, attended = tokenizer(["A  Playing.", "café qqq", "a a a a a a a a"], 6)
-    np.testing.assert_array_equal(tokens, [[2, 7, 4, 5, 8, 3], [2, 9, 1, 3, 0, 0], [2, 7, 7, 7, 7, 3]])
-    np.testing.assert_array_equal(attended, tokens > 0)
 
 
 @pytest.mark.slow
