@@ -21,6 +21,7 @@ import nm_jax as nm
 from tests.helpers import check_mask, worst_group
 
 MODES = {
+    "optimised": {},  # python -OO: no assertions, no docstrings
     "x64": {"jax_enable_x64": True},
     "disable_jit": {"jax_disable_jit": True},
     "strict": {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise"},
@@ -29,6 +30,12 @@ MODES = {
 }
 PATTERNS = ["2:4", "4:8-S", "US-0.5", "2:4-T"]
 RULES = [(f"^{pattern}$", pattern, "io") for pattern in PATTERNS]
+
+
+def holds(condition, what=None):
+    """An `assert` that Python's `-O` does not remove."""
+    if not condition:
+        raise AssertionError(what)
 
 
 def draw(*shape, dtype=np.float32, seed=0):
@@ -52,8 +59,8 @@ def solvers():
     scores = jnp.abs(draw(8, 8))
     for pattern, solver in [
         ("2:4", None),
-        ("4:8-S", None),
-        ("US-0.5", None),
+        (nm.SequentialNM(4, 8), None),
+        (nm.Unstructured(0.5), None),
         ("2:4-T", None),
         (nm.TransposableNM(2, 4, at_most=True), None),
         ("4:8-T", nm.solvers.Greedy()),
@@ -61,22 +68,22 @@ def solvers():
         ("2:4-T", nm.solvers.IntegerProgram()),
     ]:
         mask = nm.solve(scores, pattern, solver)
-        assert mask.dtype == bool and check_mask(mask, nm.parse_pattern(pattern)), (pattern, solver)
+        holds(mask.dtype == bool and check_mask(mask, nm.parse_pattern(pattern)), (pattern, solver))
     for dtype in [jnp.bfloat16, *[jnp.float64] * jax.config.jax_enable_x64]:
-        assert check_mask(nm.solve(scores.astype(dtype), "2:4"), nm.parse_pattern("2:4")), dtype
-    assert nm.mask_diversity("2:4-T", (4, 4)) == 144
+        holds(check_mask(nm.solve(scores.astype(dtype), "2:4"), nm.parse_pattern("2:4")), dtype)
+    holds(nm.mask_diversity("2:4-T", (4, 4)) == 144)
 
 
 def masks():
     params = weights(jnp.bfloat16)
     found, report = nm.compute_masks(params, RULES, return_report=True)
-    assert report.ok and "bias" in str(report)
+    holds(report.ok and "bias" in str(report))
     for pattern in PATTERNS:
-        assert check_mask(found[pattern], nm.parse_pattern(pattern))
+        holds(check_mask(found[pattern], nm.parse_pattern(pattern)))
     sparse = nm.apply_masks(params, found)
-    assert nm.verify(sparse, RULES, dense=params).ok
-    assert not nm.verify(params, RULES).ok
-    assert nm.compute_masks({"w": draw(7, 8)}, [("w", "2:4", "io")], partial="pad")["w"].shape == (7, 8)
+    holds(nm.verify(sparse, RULES, dense=params).ok)
+    holds(not nm.verify(params, RULES).ok)
+    holds(nm.compute_masks({"w": draw(7, 8)}, [("w", "2:4", "io")], partial="pad")["w"].shape == (7, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -104,11 +111,11 @@ def training():
     with contextlib.nullcontext() if jax.config.jax_disable_jit else jax.transfer_guard("disallow"):
         for _ in range(3):
             params, state = step(params, state, x)
-    assert nm.verify(params, RULES).ok
-    assert [params[pattern].dtype for pattern in PATTERNS[:2]] == [jnp.float32, jnp.bfloat16]
+    holds(nm.verify(params, RULES).ok)
+    holds([params[pattern].dtype for pattern in PATTERNS[:2]] == [jnp.float32, jnp.bfloat16])
     stats = nm.refresh_stats(state)
-    assert not stats.nan.any() and (stats.drift < 0.02).all()
-    assert all(nm.dense_params(state, params)[pattern].dtype == jnp.float32 for pattern in PATTERNS)
+    holds(not stats.nan.any() and (stats.drift < 0.02).all())
+    holds(all(nm.dense_params(state, params)[pattern].dtype == jnp.float32 for pattern in PATTERNS))
     close(nm.apply_masks(params, nm.masks(state, params))["2:4"], params["2:4"])
     nm.with_params(state, params)
 
@@ -127,7 +134,7 @@ def training_around():
         state = tx.init(params)
         updates, state = jax.jit(tx.update)(params, state, params)
         optax.apply_updates(params, updates)
-        assert nm.masks(state, params)["a"]["kernel"].dtype == bool
+        holds(nm.masks(state, params)["a"]["kernel"].dtype == bool)
 
 
 def gradient_rules():
@@ -135,8 +142,8 @@ def gradient_rules():
         weight = draw(8, 8, dtype=dtype)
         mask = nm.solve(jnp.abs(weight), "2:4")
         for rule in (nm.ste, nm.sr_ste):
-            assert jax.grad(lambda w, rule=rule, mask=mask: jnp.sum(rule(w, mask)))(weight).dtype == weight.dtype
-        assert nm.sr_ste_term(weight, mask).dtype == weight.dtype
+            holds(jax.grad(lambda w, rule=rule, mask=mask: jnp.sum(rule(w, mask)))(weight).dtype == weight.dtype)
+        holds(nm.sr_ste_term(weight, mask).dtype == weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -159,11 +166,11 @@ def network(dtype=np.float32):
 def model():
     params, x = network(), draw(32, 8, seed=3)
     plan = nm.plan(apply, params, x, pattern="2:4-T")
-    assert plan["mid/kernel"].axes == "io" and plan["out/kernel"].pattern is None and "FLOPs" in str(plan)
-    assert nm.Plan.from_json(plan.to_json()) == plan
-    assert nm.trace(apply, params, x)["mid/kernel"].axes == "io"
+    holds(plan["mid/kernel"].axes == "io" and plan["out/kernel"].pattern is None and "FLOPs" in str(plan))
+    holds(nm.Plan.from_json(plan.to_json()) == plan)
+    holds(nm.trace(apply, params, x)["mid/kernel"].axes == "io")
     tx = nm.sparse_training(optax.sgd(0.1), plan)
-    assert nm.masks(tx.init(params))["out"]["kernel"] is None
+    holds(nm.masks(tx.init(params))["out"]["kernel"] is None)
 
 
 # ------------------------------------------------------------------------------------------------------ reconstruction
@@ -174,10 +181,10 @@ def reconstruction():
     gram = nm.Gram.from_inputs(x)
     mask = nm.solve(jnp.abs(weight), "2:4")
     found = nm.reconstruct(weight, gram, mask, bias=jnp.zeros(8, weight.dtype))
-    assert found.weight.dtype == jnp.float32 and float(found.after) <= float(found.before)
-    assert float(nm.output_error(weight, found.weight, gram)) >= 0
+    holds(found.weight.dtype == jnp.float32 and float(found.after) <= float(found.before))
+    holds(float(nm.output_error(weight, found.weight, gram)) >= 0)
     for scores in (nm.wanda(weight, gram), nm.obc(weight, gram)):
-        assert scores.dtype == jnp.float32 and scores.shape == weight.shape
+        holds(scores.dtype == jnp.float32 and scores.shape == weight.shape)
     close(np.asarray(nm.absorb_mean(weight, mask, "2:4"))[~np.asarray(mask)], 0)
 
 
@@ -188,13 +195,32 @@ def whole_networks():
     scores = nm.score_tree(nm.wanda, params, grams)
     found = nm.compute_masks(params, rules, scores=scores)
     pruned, report = nm.adaprune(apply, params, found, [x])
-    assert worst_group(pruned["mid"]["kernel"], 0, 4) == 2 and str(report)
+    holds(worst_group(pruned["mid"]["kernel"], 0, 4) == 2 and str(report))
     nm.reconstruct_layers(params, found, grams)
     converted, conversion = nm.convert(apply, params, rules, [x])
-    assert conversion.check.ok and worst_group(converted["mid"]["kernel"], 1, 4) == 2 and str(conversion)
-    assert nm.verify(nm.apply_masks(params, nm.fit_masks(params, rules)), rules).ok
-    assert nm.pattern_violations(params, rules)[0].leaf.path == "mid/kernel"
-    assert 0 < nm.violation_probability(2, 4, 0.5) < 1
+    holds(conversion.check.ok and worst_group(converted["mid"]["kernel"], 1, 4) == 2 and str(conversion))
+    holds(nm.verify(nm.apply_masks(params, nm.fit_masks(params, rules)), rules).ok)
+    holds(nm.pattern_violations(params, rules)[0].leaf.path == "mid/kernel")
+    sparse = nm.apply_masks(params, nm.compute_masks(params, [("mid/kernel", "US-0.95", "io")]))
+    holds([rule[1] for rule in nm.choose_patterns(sparse, rules, 50)] == [nm.NM(1, 8)])
+    holds(0 < nm.violation_probability(2, 4, 0.5) < 1)
+
+
+def permutation():
+    for pattern in ("2:4", "2:4-T"):
+        found = nm.find_permutation(jnp.abs(draw(8, 8)), pattern)
+        holds(found.after >= found.before and sorted(np.asarray(found.inputs)) == list(range(8)), pattern)
+
+
+def batch_norm():
+    def update(stats, x):
+        return {"mean": 0.9 * stats["mean"] + 0.1 * x.mean(0), "var": 0.9 * stats["var"] + 0.1 * x.var(0)}
+
+    stats, x = {"mean": 0 * draw(8), "var": 0 * draw(8)}, draw(32, 8)
+    tuned = nm.tune_batch_norm(jax.jit(update), stats, [x[:16], x[16:]])
+    holds(tuned["var"].dtype == jnp.float32)
+    close(tuned["mean"], np.asarray(x).mean(0))
+    close(tuned["var"], np.asarray(x).var(0))
 
 
 # ----------------------------------------------------------------------------------------------------------- products
@@ -209,10 +235,10 @@ def products():
         close(nm.unpack(packed), sparse)
         close(nm.unpack(nm.repack(packed, 2 * sparse)), 2 * sparse)
         for product in (nm.nm_matmul(x, sparse), nm.nm_matmul(x, packed)):
-            assert product.dtype == x.dtype
+            holds(product.dtype == x.dtype)
             close(product, expected, 0.1 if dtype == jnp.bfloat16 else 1e-4)
         gradient = jax.jit(jax.grad(lambda w, x=x: jnp.sum(nm.nm_matmul(x, w))))(sparse)
-        assert gradient.dtype == weight.dtype
+        holds(gradient.dtype == weight.dtype)
         close(nm.dot_general()(x, sparse, (((1,), (0,)), ((), ()))), expected, 0.1)
         close(nm.einsum()("bi,io->bo", x, sparse), expected, 0.1)
     kernel, images = draw(3, 3, 16, 16), draw(2, 4, 4, 16, seed=1)
@@ -237,8 +263,17 @@ def checkpoints():
         for path in (sparse, packed):
             loaded, _ = nm.load_checkpoint(path, like=params)
             close(loaded["mid"]["kernel"], nm.apply_masks(params, found)["mid"]["kernel"])
-        assert nm.verify_checkpoint(sparse).ok
+        holds(nm.verify_checkpoint(sparse).ok)
         nm.save_checkpoint(dense, params, [("mid/kernel", None)])
+        scores = {"mid.kernel": np.asarray(jnp.abs(params["mid"]["kernel"]))}
+        nm.save_scores(pathlib.Path(folder, "scores"), scores)
+        for k, pattern in enumerate(PATTERNS):
+            out = pathlib.Path(folder, f"pruned{k}.safetensors")
+            rules = [("mid/kernel", pattern, "io")]
+            report = nm.prune_checkpoint(dense, out, rules, scores=pathlib.Path(folder, "scores"), packed=k % 2 == 0)
+            holds(report.ok and nm.verify_checkpoint(out).ok, pattern)
+            loaded = nm.load_checkpoint(out, like=params)[0]["mid"]["kernel"]
+            holds(check_mask(loaded != 0, nm.parse_pattern(pattern)), pattern)
 
 
 SECTIONS = [
@@ -250,6 +285,8 @@ SECTIONS = [
     model,
     reconstruction,
     whole_networks,
+    permutation,
+    batch_norm,
     products,
     checkpoints,
 ]
