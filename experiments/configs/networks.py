@@ -1,28 +1,59 @@
-"""The networks and images of the vision results that fit here, with their pretrained weights."""
+"""The networks and images of the vision results, with their pretrained weights."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from experiments.data import packed
+from experiments.data.errors import DataError
+from experiments.data.folders import ImageNet, imagenet
 from experiments.data.images import cifar
-from experiments.networks import NETWORKS, resnet
+from experiments.networks.architectures import ARCHITECTURES
 
 RESNET8_CIFAR100: dict[str, Any] = {
     "network": "ResNet-8",
-    "module": resnet.ResNet(blocks=(1, 1, 1)),
-    "data": lambda: cifar("cifar100"),
+    "module": ARCHITECTURES["cifar100_resnet8"].module,
+    "data": lambda path: cifar("cifar100", path),
+}
+RESNET18_CIFAR100: dict[str, Any] = {
+    "network": "ResNet-18",
+    "module": ARCHITECTURES["resnet18"].module.clone(classes=100),
+    "data": lambda path: cifar("cifar100", path),
 }
 RESNET20_CIFAR10: dict[str, Any] = {
     "network": "ResNet-20",
-    "module": NETWORKS["resnet20-cifar10"].module,
-    "data": lambda: cifar("cifar10"),
+    "module": ARCHITECTURES["cifar10_resnet20"].module,
+    "data": lambda path: cifar("cifar10", path),
+}
+RESNET50_IMAGENET: dict[str, Any] = {
+    "network": "ResNet-50",
+    "module": ARCHITECTURES["resnet50"].module,
+    "data": lambda path: images_of(path),
 }
 
 
-def resnet8_weights() -> dict:
-    """Those of the CIFAR-100 ResNet-8, which was trained on clean pixels."""
-    return resnet.from_torch(packed.weights("cifar100_resnet8_distiller"), side=2)
+def images_of(path: Path | None) -> ImageNet:
+    """The ImageNet folder.
+
+    Raises:
+      DataError: none was named, or it is none.
+    """
+    if path is None:
+        raise DataError("this preset trains on ImageNet: name its folder, --data FOLDER, which has train and val")
+    return imagenet(path)
 
 
-def resnet20_weights() -> dict:
-    """Those of the CIFAR-10 ResNet-20, which was trained on clean pixels."""
-    return NETWORKS["resnet20-cifar10"].variables()
+def pretrained(name: str, stored: str | None = None) -> Callable[[Path | None], dict]:
+    """A reader of the weights of an architecture: of the file that is named, or else of one of the data folder."""
+
+    def read(path):
+        if path is not None:
+            try:
+                return ARCHITECTURES[name].variables(path)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+        if stored is None:
+            raise DataError(f"this preset starts from a trained {name}: name the file of its weights, --weights FILE")
+        return ARCHITECTURES[name].variables(packed.weights(stored))
+
+    return read

@@ -6,11 +6,10 @@ for each variant and seed; a start goes on where the last one was left, and the 
 
 import argparse
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -20,7 +19,6 @@ import optax
 from rich.progress import TextColumn
 
 import nm_jax as nm
-from experiments.data.images import Images
 from experiments.harness import Experiment, Run, Table
 from experiments.train import Recipe, Task, Training, classification
 from experiments.train.folder import metrics
@@ -28,6 +26,17 @@ from experiments.train.task import cross_entropy
 
 TEST_BATCH = 500
 QUICK = 64  # images
+
+
+class Data(Protocol):
+    """Images and their classes, as `experiments.data.images` and `experiments.data.folders` have them."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    def batches(self, size: int, seed: int, /) -> Callable[[int], Any]: ...
+    def tests(self, size: int, /) -> Iterator[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +72,16 @@ class Preset:
     Attributes:
       recipe: schedule and optimiser.
       module: the network.
-      data: reads the images.
-      weights: reads pretrained variables; `None`: from scratch.
+      data: reads the images, of the folder that `--data` names, or of none.
+      weights: reads pretrained variables, of the file that `--weights` names, or of none; `None`: from scratch.
       seeds: of each variant.
       network: name of the network, for tables.
     """
 
     recipe: Recipe
     module: nn.Module
-    data: Callable[[], Images]
-    weights: Callable[[], dict] | None = None
+    data: Callable[[Path | None], Any]
+    weights: Callable[[Path | None], dict] | None = None
     seeds: int = 3
     network: str = ""
 
@@ -91,7 +100,7 @@ class Study:
     name: str
     variants: tuple[Variant, ...]
     presets: Mapping[str, Preset]
-    dense: tuple[tuple[str, None], ...] = (("^conv1/", None), ("^linear/", None))
+    dense: tuple[tuple[str, None], ...] = (("^(conv1|features_0)/", None), ("^(linear|fc|classifier_6)/", None))
 
     def experiment(self) -> Experiment:
         """What the file of the study is listed as."""
@@ -101,12 +110,14 @@ class Study:
         preset = self.presets[run.part]
         if run.quick:
             preset = quick(preset)
-        data = preset.data().head(QUICK) if run.quick else preset.data()
+        data = preset.data(run.args.data)
+        data = data.head(QUICK) if run.quick else data
+        start = preset.weights and preset.weights(run.args.weights)
         runs = [(seed, variant) for seed in range(preset.seeds) for variant in self.variants]
         now = [(seed, variant) for seed, variant in runs if seed < (run.args.seeds or preset.seeds)]
         until = time.monotonic() + 60 * run.args.minutes if run.args.minutes else None
         base = (run.path.parent if run.quick else run.args.runs) / self.name / run.part
-        steps = len(data.train[1]) // preset.recipe.batch
+        steps = data.count // preset.recipe.batch
 
         def result():
             rows = [progress(base / folder(v, s), v, s, steps, preset.recipe.epochs) for s, v in runs]
@@ -123,7 +134,7 @@ class Study:
         with run.progress(TextColumn("{task.fields[seen]}")) as display:
             for seed, variant in now:
                 bar = display.add_task(f"{variant.name}, seed {seed}", total=steps * preset.recipe.epochs, seen="")
-                training = self._run(preset, data, variant, seed, steps, base)
+                training = self._run(preset, data, start, variant, seed, base)
                 display.update(bar, completed=training.number)
                 try:
                     while training.number < training.steps:
@@ -140,8 +151,8 @@ class Study:
                     training.close()
         return result()
 
-    def _run(self, preset: Preset, data: Images, variant: Variant, seed: int, steps: int, base: Path) -> Training:
-        recipe = preset.recipe
+    def _run(self, preset: Preset, data: Data, start: Any, variant: Variant, seed: int, base: Path) -> Training:
+        recipe, steps = preset.recipe, data.count // preset.recipe.batch
         tx = variant.sparse(recipe.optimiser(steps), list(self.dense))
         settings = {
             "variant": dataclasses.asdict(variant) | {"solver": repr(variant.solver)},
@@ -150,7 +161,7 @@ class Study:
             "from": "scratch" if preset.weights is None else "pretrained",
         }
         return Training(
-            task(preset, data, seed),
+            task(preset, data, start, seed),
             tx,
             steps * recipe.epochs,
             seed=seed,
@@ -170,28 +181,30 @@ def quick(preset: Preset) -> Preset:
     return dataclasses.replace(preset, recipe=recipe, seeds=1)
 
 
-def task(preset: Preset, data: Images, seed: int) -> Task:
-    """Images into classes, by the recipe."""
+def task(preset: Preset, data: Data, start: Any, seed: int) -> Task:
+    """Images into classes, by the recipe; from the variables `start`, or from scratch."""
     module, recipe = preset.module, preset.recipe
-    images, labels = data.test
-    forward = jax.jit(module.apply)
+    batches = data.batches(recipe.batch, seed)
 
-    @functools.cache
-    def tests():
-        return data.normalise(images)
+    @jax.jit
+    def judge(variables, images, labels):
+        logits = module.apply(variables, images)
+        return jnp.sum(logits.argmax(axis=-1) == labels), cross_entropy(logits, labels) * len(labels)
 
     def evaluate(params, extra):
-        logits = [
-            forward({"params": params, **extra}, tests()[k : k + TEST_BATCH]) for k in range(0, len(labels), TEST_BATCH)
-        ]
-        logits = jnp.concatenate(logits)
-        accuracy = 100 * float(np.mean(np.asarray(logits.argmax(axis=-1)) == labels))
-        return {"accuracy": accuracy, "test_loss": float(cross_entropy(logits, jnp.asarray(labels)))}
+        count, sums = 0, np.zeros(2)
+        for images, labels in data.tests(TEST_BATCH):
+            sums += [float(x) for x in judge({"params": params, **extra}, images, labels)]
+            count += len(labels)
+        return {"accuracy": 100 * sums[0] / count, "test_loss": sums[1] / count}
 
-    one = data.normalise(data.train[0][:1])
-    start = preset.weights() if preset.weights is not None else lambda key: module.init(key, one)
+    if start is None:
+        one = jnp.zeros_like(next(data.tests(1))[0])
+
+        def start(key):
+            return module.init(key, one)
+
     compute = None if recipe.compute is None else jnp.dtype(recipe.compute)
-    batches = data.batches(recipe.batch, seed)
     return classification(module, start, batches, evaluate, smoothing=recipe.smoothing, compute=compute)
 
 
@@ -262,5 +275,7 @@ def spread(values: list[float]) -> str:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--data", type=Path, help="folder of the images: ImageNet's, or CIFAR's official files")
+    parser.add_argument("--weights", type=Path, help="file of the pretrained weights, where the preset needs one")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next start goes on")
     parser.add_argument("--seeds", type=int, help="train the first seeds alone; the others are left for another start")

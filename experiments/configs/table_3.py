@@ -5,6 +5,7 @@ Hubara et al., Table 3: ResNet-50 on ImageNet, 76.15 % dense, 76.6 % ASP 2:4, 76
 CIFAR-10, three epochs (`cpu`), and the dense network is trained on as long as the others.
 
     NM_JAX_DATA=... python -m experiments configs/table_3
+    python -m experiments configs/table_3 --preset paper --data IMAGENET --weights resnet50.pth
 
 Paper: Table 3
 Time: 4 hours on one core (cpu); continues where it was left
@@ -21,7 +22,11 @@ VARIANTS = (
     Variant("2:4-T", "2:4-T", refresh_every=None),
     Variant("4:8-T", "4:8-T", refresh_every=None),
 )
-START = {**networks.RESNET20_CIFAR10, "weights": networks.resnet20_weights}
+START = {
+    **networks.RESNET20_CIFAR10,
+    "weights": networks.pretrained("cifar10_resnet20", "cifar10_resnet20_akamaster"),
+}
+PAPER = {**networks.RESNET50_IMAGENET, "weights": networks.pretrained("resnet50")}
 
 STUDY = Study(
     "table_3",
@@ -29,7 +34,7 @@ STUDY = Study(
     {
         "cpu": Preset(Recipe(epochs=3, rate=0.02), **START),
         "gpu": Preset(Recipe(epochs=20, rate=0.05), **START),
-        "paper": Preset(Recipe(epochs=90, rate=0.1, drops=(30, 60, 80), weight_decay=1e-4), **START),
+        "paper": Preset(Recipe(epochs=90, rate=0.1, drops=(30, 60, 80), weight_decay=1e-4, batch=256), **PAPER),
     },
 )
 EXPERIMENT = STUDY.experiment()

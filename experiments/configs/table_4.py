@@ -5,6 +5,7 @@ Hubara et al., Tables 4 and A.4: ResNet-50 on ImageNet, 77.3 % dense, 77.4 % 4:8
 CIFAR-100, eight epochs (`cpu`).
 
     NM_JAX_DATA=... python -m experiments configs/table_4
+    python -m experiments configs/table_4 --preset paper --data IMAGENET
 
 Paper: Tables 4 and A.4
 Time: 11 hours on one core (cpu); continues where it was left
@@ -33,7 +34,9 @@ STUDY = Study(
     {
         "cpu": Preset(Recipe(epochs=8, warmup=1), **networks.RESNET8_CIFAR100),
         "gpu": Preset(Recipe(epochs=30, warmup=2), seeds=1, **networks.RESNET8_CIFAR100),
-        "paper": Preset(Recipe(epochs=120, warmup=5, smoothing=0.1, weight_decay=5e-5), **networks.RESNET8_CIFAR100),
+        "paper": Preset(
+            Recipe(epochs=120, batch=256, warmup=5, smoothing=0.1, weight_decay=5e-5), **networks.RESNET50_IMAGENET
+        ),
     },
 )
 EXPERIMENT = STUDY.experiment()

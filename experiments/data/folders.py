@@ -85,6 +85,12 @@ class ImageNet:
     train: Folder
     test: Folder
     side: int = 224
+    source: str = "ImageNet folder"
+
+    @property
+    def count(self) -> int:
+        """Images to train on."""
+        return len(self.train)
 
     def batches(self, size: int, seed: int) -> loading.Batches:
         """Batches to train on: random parts of the images, every image once in each epoch."""

@@ -1,10 +1,12 @@
 """Sets of small images in memory, and the batches of a training run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
+from experiments.data import cifar as official
 from experiments.data import digits, packed
 
 
@@ -52,6 +54,17 @@ class Images:
 
         return batch
 
+    def tests(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches to test on: all images in order; the last batch may be smaller."""
+        images, labels = self.test
+        for k in range(0, len(labels), size):
+            yield self.normalise(images[k : k + size]), labels[k : k + size]
+
+    @property
+    def count(self) -> int:
+        """Images to train on."""
+        return len(self.train[1])
+
     def head(self, count: int) -> "Images":
         """The first images alone."""
         train, test = ((images[:count], labels[:count]) for images, labels in (self.train, self.test))
@@ -84,13 +97,19 @@ _CIFAR = {
 }
 
 
-def cifar(name: str) -> Images:
-    """`cifar10` or `cifar100` of the data folder, lossy as it has them, trained on with windows 4 pixels off and
-    mirrored, in an order of its own: the files are sorted by class."""
+def cifar(name: str, path: Path | None = None) -> Images:
+    """`cifar10` or `cifar100`, trained on with windows up to 4 pixels off and mirrored.
+
+    Args:
+      name: which.
+      path: folder of the official files; `None`: those of the data folder, which are lossy.
+    """
+    if path is not None:
+        return Images(*official.read(name, path), _CIFAR[name], 4, name)
 
     def read(part):
         labels = packed.labels(f"{name}_jpeg_{part}")
-        order = np.random.default_rng(0).permutation(len(labels))
+        order = np.random.default_rng(0).permutation(len(labels))  # the files are sorted by class
         return np.stack(packed.images(f"{name}_jpeg_{part}", order)), labels[order]
 
     return Images(read("train"), read("test"), _CIFAR[name], 4, f"{name}, lossy (JPEG)")

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file, save_file
 
+from experiments.data.errors import DataError
 from experiments.harness import write_text
 from experiments.train.state import State
 from experiments.train.task import Extra, Params
@@ -24,7 +25,7 @@ class Folder:
       state: a state of the run.
 
     Raises:
-      ValueError: it has another run.
+      DataError: it has another run.
     """
 
     def __init__(self, path: Path, settings: dict, state: State):
@@ -82,14 +83,14 @@ def load_model(path: Path, params: Params, extra: Extra) -> tuple[Params, Extra]
     """Reads them into trees like the given ones.
 
     Raises:
-      ValueError: they are of another network.
+      DataError: they are of another network.
     """
     found, tree = load_file(path), {"params": params, **extra}
     wanted = _named(jax.eval_shape(lambda: tree))
     for name in [*wanted, *found]:
         there, here = (x[name].shape if name in x else None for x in (found, wanted))
         if there != here:
-            raise ValueError(f"{path} is of another network: {name} is {there} there and {here} here")
+            raise DataError(f"{path} is of another network: {name} is {there} there and {here} here")
     variables = jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in wanted])
     return variables.pop("params"), variables
 
@@ -111,6 +112,6 @@ def _same_run(found: dict, wanted: dict, path: Path) -> None:
             name = next(leaf for leaf in [*here, *there] if there.get(leaf) != here.get(leaf))
             there, here = there.get(name), here.get(name)
         if there != here:
-            raise ValueError(
+            raise DataError(
                 f"{path} has another run: {name} is {there} there and {here} here; choose another folder, or delete it"
             )

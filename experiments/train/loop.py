@@ -87,7 +87,7 @@ class Training:
       sharded: the devices of the mesh share the state, too; otherwise each has all of it.
 
     Raises:
-      ValueError: the folder has another run.
+      DataError: the folder has another run.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Trained results by one command: kept, continued, refused, shown; on the digits, with a study of the test's own."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,8 +20,10 @@ from safetensors.numpy import load_file
 import nm_jax as nm
 from experiments import __main__ as command
 from experiments import catalogue
+from experiments.configs.networks import pretrained
 from experiments.configs.study import Preset, Study, Variant, folder, tables
 from experiments.data import images
+from experiments.data.errors import DataError
 from experiments.harness import Run
 from experiments.train import Recipe
 from experiments.train.folder import MODEL
@@ -38,15 +41,19 @@ class Wide(nn.Module):
 
 
 VARIANTS = (Variant("dense"), Variant("2:4-T", "2:4-T", refresh_every=7), Variant("ASP", "2:4", refresh_every=None))
-SHORT = Preset(Recipe(epochs=2, batch=64, rate=0.1, average=0.5), Wide(), images.embedded, seeds=1, network="digits")
+SHORT = Preset(
+    Recipe(epochs=2, batch=64, rate=0.1, average=0.5), Wide(), lambda path: images.embedded(), seeds=1, network="digits"
+)
 STUDY = Study("toy", VARIANTS, {"cpu": SHORT})
 
 
-def measured(path, minutes=None, seeds=None):
+def measured(path, minutes=None, seeds=None, study=STUDY):
     """The study, as its command would."""
-    parser_options = type("Options", (), {"quick": False, "minutes": minutes, "runs": path, "seeds": seeds})
+    parser_options = type(
+        "Options", (), {"quick": False, "minutes": minutes, "runs": path, "seeds": seeds, "data": None, "weights": None}
+    )
     run = Run(parser_options, "cpu", Console(quiet=True), path / "cpu.json", "toy")
-    return run.record(STUDY.experiment().measure(run))
+    return run.record(study.experiment().measure(run))
 
 
 def figures(result):
@@ -88,6 +95,12 @@ def test_a_start_that_is_cut_off_says_how_far_it_is_and_the_next_one_ends_as_one
     assert [row["epochs_done"] for row in part["rows"]] == [0, 0, 0]
     assert all(row[1] is None for row in tables(part)[0].rows)
     assert figures(measured(tmp_path)) == figures(whole[1])
+
+
+def test_the_runs_of_another_preset_are_refused_in_one_line(whole):
+    preset = dataclasses.replace(SHORT, recipe=dataclasses.replace(SHORT.recipe, rate=0.2))
+    with pytest.raises(DataError, match=r"has another run: recipe is .*; choose another folder, or delete it"):
+        measured(whole[0], study=Study("toy", VARIANTS, {"cpu": preset}))
 
 
 KILLED = textwrap.dedent("""
@@ -132,6 +145,25 @@ def test_variants_of_a_config_have_folders_of_their_own_and_patterns_that_exist(
     for variant in study.variants:
         if variant.pattern is not None:
             nm.parse_pattern(variant.pattern)
+
+
+def test_weights_that_are_not_there_are_named():
+    with pytest.raises(DataError, match="nowhere.pth: there is no such file"):
+        pretrained("resnet50")(pathlib.Path("nowhere.pth"))
+    with pytest.raises(DataError, match="starts from a trained resnet50: name the file of its weights"):
+        pretrained("resnet50")(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name its folder, --data FOLDER"),
+        (["--data", "nowhere"], "nowhere: there is no such folder; it must have train/CLASS"),
+    ],
+)
+def test_the_papers_setting_asks_for_its_data(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        command.main(["configs/table_3", "--preset", "paper", "--runs", str(tmp_path), *options])
 
 
 def test_batches_are_a_function_of_their_number_and_go_through_all_images():
