@@ -148,7 +148,7 @@ def test_variants_of_a_config_have_folders_of_their_own_and_patterns_that_exist(
 
 
 def test_weights_that_are_not_there_are_named():
-    with pytest.raises(DataError, match="nowhere.pth: there is no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.pth: there is no such file"):
         pretrained("resnet50")(pathlib.Path("nowhere.pth"))
     with pytest.raises(DataError, match="starts from a trained resnet50: name the file of its weights"):
         pretrained("resnet50")(None)
