@@ -65,6 +65,10 @@ from ._reconstruct.scores import score_tree as score_tree
 from ._reconstruct.scores import wanda as wanda
 from ._reconstruct._permutation import Permutation as Permutation
 from ._reconstruct._permutation import find_permutation as find_permutation
+from ._reconstruct._permute import ChannelGroup as ChannelGroup
+from ._reconstruct._permute import PermutedLayer as PermutedLayer
+from ._reconstruct._permute import PermuteReport as PermuteReport
+from ._reconstruct._permute import permute as permute
 from ._reconstruct._batch_norm import tune_batch_norm as tune_batch_norm
 
 # Products with 2:4 weights on sparse tensor cores.

@@ -12,6 +12,7 @@ import nm_jax as nm
 
 # Removing a name breaks somebody's program: the changelog must say so.
 NAMES = [
+    "ChannelGroup",
     "Checkpoint",
     "CheckpointReport",
     "Conversion",
@@ -23,6 +24,8 @@ NAMES = [
     "PackedWeight",
     "Pattern",
     "Permutation",
+    "PermuteReport",
+    "PermutedLayer",
     "Plan",
     "PlannedLeaf",
     "PruneReport",
@@ -60,6 +63,7 @@ NAMES = [
     "pack",
     "parse_pattern",
     "pattern_violations",
+    "permute",
     "plan",
     "prune_checkpoint",
     "reconstruct",

@@ -203,10 +203,18 @@ class Traced(NamedTuple):
     last: set[int]  # the leaves whose products reach an output
 
 
-def walk_model(apply: Callable, params: PyTree, inputs: tuple) -> Traced:
-    """The jaxpr of a model and what its parameters do there."""
+class Program(NamedTuple):
+    """A model as a jaxpr of (the arrays among the leaves of the parameters, then of the inputs)."""
+
+    jaxpr: Opened
+    paths: list[str]
+    shapes: list[tuple[int, ...]]
+    arrays: list[int]  # the leaves that are arrays
+
+
+def program_of(apply: Callable, params: PyTree, inputs: tuple) -> Program:
+    """The jaxpr of a model."""
     nodes, treedef = located(params), jax.tree.structure(params)
-    paths = [node.path for node in nodes]
     leaves = [node.value for node in nodes]
     arrays = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
 
@@ -218,6 +226,12 @@ def walk_model(apply: Callable, params: PyTree, inputs: tuple) -> Traced:
 
     program = opened(jax.make_jaxpr(call)([leaves[k] for k in arrays], inputs))
     shapes = [tuple(leaf.shape) if k in arrays else () for k, leaf in enumerate(leaves)]
+    return Program(program, [node.path for node in nodes], shapes, arrays)
+
+
+def walk_model(apply: Callable, params: PyTree, inputs: tuple) -> Traced:
+    """The jaxpr of a model and what its parameters do there."""
+    program, paths, shapes, arrays = program_of(apply, params, inputs)
     walk = Walk(shapes, paths)
     values = [Value((View.of(k, shapes[k]),)) if 0 not in shapes[k] else Value() for k in arrays]
     values += [walk.data() for _ in range(len(program.jaxpr.invars) - len(values))]
