@@ -1,7 +1,6 @@
 """Mask diversity: how many masks of each kind an 8 x 8 matrix has at 50 % zeros.
 
-Hubara et al., Table 1, by their Eq. 2. At 2:4-T and 4:8-T their formula counts masks more than once. Their figures for
-1:2-T, 2:4-T and 4:8-T are 6e4, 4e8 and 1.7e13; those of Eq. 2 are what stands here.
+Hubara et al., Table 1, by their Eq. 2. At 2:4-T and 4:8-T their formula counts masks more than once.
 
     python -m experiments diversity && python -m experiments paper/table_1
 
@@ -29,8 +28,9 @@ def tables(result: dict) -> list[Table]:
         mine = {row["ratio"]: row for row in found["rows"] if row["kind"] == kind}
         for source in ("paper", "formula", "exact"):
             values = [f"{int(mine[ratio][source]):.2g}" for ratio in ratios] if source != "paper" else paper
+            values = [value.replace("e+", "e").replace("e0", "e") for value in values]
             label = {"paper": "paper", "formula": "Eq. 2", "exact": "counted"}[source]
-            rows.append((kind if source == "paper" else "", label, *(value.replace("+", "") for value in values)))
+            rows.append((kind if source == "paper" else "", label, *values))
     return [Table("diversity", ("masks", "", *ratios), rows, "Masks of an 8 x 8 matrix")]
 
 
