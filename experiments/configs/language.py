@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from experiments.networks import LanguageModel
 from experiments.train import Recipe
 from experiments.train.recipe import decayed
 
+VOCABULARY = 65  # characters of tinyshakespeare
 DENSE = (("^head/", None),)  # the first layer is the embedding, which no rule takes
 
 
@@ -46,16 +48,11 @@ class Pieces:
     @property
     def count(self) -> int:
         """Pieces of the part that is learned; an epoch draws as many."""
-        return len(self.train[0])
-
-    @property
-    def train(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces of the part that is learned, and what follows each token."""
-        return _examples(text.in_order(self.tokens, self.length))
+        return len(text.in_order(self.tokens, self.length))
 
     @property
     def test(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same of the rest."""
+        """Pieces of the rest, and what follows each token."""
         return _examples(text.in_order(self.held_out, self.length))
 
     def tests(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -68,10 +65,6 @@ class Pieces:
         """Number of the step -> its batch: random pieces of the part that is learned."""
         return lambda step: _examples(text.drawn(self.tokens, size, self.length, step, seed))
 
-    def normalise(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens are used as they are."""
-        return tokens
-
     def head(self, count: int) -> "Pieces":
         """The first pieces of both parts."""
         most = count * self.length + 1
@@ -82,17 +75,20 @@ def _examples(pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pieces[:, :-1], pieces[:, 1:]
 
 
-def shakespeare(length: int) -> Pieces:
-    """The text of Karpathy's char-rnn; the last tenth is held out."""
-    found = text.Characters.read(packed.folder() / "text" / "tinyshakespeare.txt")
-    return Pieces("tinyshakespeare", found.train, found.valid, length)
+def read(path: Path | None, length: int) -> Pieces:
+    """A text of one's own, or that of Karpathy's char-rnn; the last tenth is held out."""
+    source = path or packed.folder() / "text" / "tinyshakespeare.txt"
+    found = text.Characters.read(source)
+    if len(found.alphabet) > VOCABULARY:
+        raise ValueError(f"{source}: {len(found.alphabet)} different characters; the network has {VOCABULARY} tokens")
+    return Pieces(source.stem, found.train, found.valid, length)
 
 
 def preset(recipe: Recipe, length: int, seeds: int = 3, **sizes: Any) -> Preset:
-    """A language model on the characters of tinyshakespeare, from scratch."""
-    module = LanguageModel(vocabulary=65, positions=length, **sizes)
+    """A language model on the characters of a text, from scratch."""
+    module = LanguageModel(vocabulary=VOCABULARY, positions=length, **sizes)
     name = f"language model, {module.layers} layers of {module.width}"
-    return Preset(recipe, module, lambda folder=None: shakespeare(length), seeds=seeds, network=name)
+    return Preset(recipe, module, lambda path: read(path, length), seeds=seeds, network=name)
 
 
 PRESETS = {

@@ -189,7 +189,7 @@ def task(preset: Preset, data: Data, start: Any, seed: int) -> Task:
     @jax.jit
     def judge(variables, images, labels):
         logits = module.apply(variables, images)
-        return jnp.sum(logits.argmax(axis=-1) == labels), cross_entropy(logits, labels) * len(labels)
+        return jnp.sum(logits.argmax(axis=-1) == labels) / labels[0].size, cross_entropy(logits, labels) * len(labels)
 
     def evaluate(params, extra):
         count, sums = 0, np.zeros(2)
