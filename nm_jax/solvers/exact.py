@@ -49,6 +49,7 @@ from nm_jax.solvers._exact_bits import unpack
 from nm_jax.solvers._exact_descent import descend, duality_gap, threshold
 from nm_jax.solvers._exact_grid import quantise, quantise_double
 from nm_jax.solvers._exact_paths import augment
+from nm_jax.solvers._pieces import in_pieces
 from nm_jax.solvers._proof import Proof
 from nm_jax.solvers.base import Solver, blank, well_scaled
 
@@ -143,7 +144,7 @@ def _phase_1(scores: Float[Array, "m m blocks"], pattern: TransposableNM, chunk:
 
     of_rows, of_blocks = blank((m, blocks), jnp.int32, scores), blank((blocks,), jnp.int32, scores)
     empty = _Descended(blank(scores.shape, jnp.int32, scores), of_blocks, of_rows, of_rows, of_blocks == 1)
-    return _in_pieces(blocks, chunk, descend_piece, empty) if blocks else empty
+    return in_pieces(blocks, chunk, descend_piece, empty) if blocks else empty
 
 
 def _phase_2(blocks: _Descended, pattern: TransposableNM) -> tuple[Int[Array, "m blocks"], Int[Array, " blocks"]]:
@@ -170,13 +171,3 @@ def _phase_2(blocks: _Descended, pattern: TransposableNM) -> tuple[Int[Array, "m
 
 _CHUNK = 256  # blocks of phase 1 at a time: what fits the second-level cache
 _REPAIR_ROWS = 1 << 11  # rows of phase 2 at a time: the more, the longer blocks wait for the slowest of them
-
-
-def _in_pieces(total: int, size: int, body, carry):
-    """`carry = body(start, length, carry)` over pieces of equal length; the last overlaps the one before instead of
-    being padded."""
-    pieces = -(-total // size)
-    if pieces == 1:
-        return body(0, total, carry)
-    length = min(-(-total // (16 * pieces)) * 16, total)  # whole vectors
-    return lax.fori_loop(0, pieces, lambda k, c: body(jnp.minimum(k * length, total - length), length, c), carry)

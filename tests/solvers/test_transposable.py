@@ -1,6 +1,7 @@
 """Solvers of transposable masks against each other, against enumeration and against golden optima."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -143,7 +144,26 @@ def test_completion_only_adds_weight(n, m):
     best = objectives(blocks, MinCostFlow(), TransposableNM(n, m))
     assert (after >= before - 1e-5).all()
     assert (after <= best + 1e-4).all()
-    assert after.mean() > 0.97 * best.mean()
+    assert after.mean() > 0.994 * best.mean()
+
+
+@pytest.mark.parametrize("at_most", [False, True], ids=["exactly", "at_most"])
+def test_no_swap_improves_a_completed_mask(at_most):
+    """Two kept entries out, for the two others where their rows and columns meet: against every choice of four."""
+    m, pattern = 6, TransposableNM(3, 6, at_most)
+    blocks = np.random.default_rng(5).normal(size=(700, m, m)).astype(np.float32)  # more than are taken at a time
+    solve = jax.jit(lambda blocks: Greedy()(jnp.moveaxis(blocks, 0, -1), pattern).mask)
+    mask = np.moveaxis(np.asarray(solve(blocks)), -1, 0)
+    # Each block as it is when it is alone with few others.
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(solve(blocks[-3:])), -1, 0), mask[-3:])
+    for p, r in itertools.combinations(range(m), 2):
+        for q, s in itertools.permutations(range(m), 2):
+            possible = mask[:, p, q] & mask[:, r, s] & ~mask[:, p, s] & ~mask[:, r, q]
+            if at_most:
+                assert (blocks[mask] > 0).all()
+                possible &= (blocks[:, p, s] > 0) & (blocks[:, r, q] > 0)
+            gain = blocks[:, p, s] + blocks[:, r, q] - blocks[:, p, q] - blocks[:, r, s]
+            assert (gain[possible] <= 1e-5).all()
 
 
 def test_completion_ends_from_the_emptiest_masks():
