@@ -153,7 +153,7 @@ def _meet(
     need not give for what it takes.
     """
     m = pattern.m
-    partner = (t - jnp.arange(m)) % m
+    partner = (jnp.asarray(t, jnp.int32) - jnp.arange(m, dtype=jnp.int32)) % m
 
     def of_partner(x, axis=axis):
         return jnp.take(x, partner, axis=axis)
@@ -188,16 +188,18 @@ def _count(mask: Bool[Array, "m m blocks"], axis: int) -> Int[Array, "m blocks"]
 def _heaviest(
     values: Float[Array, " size *rest"], among: Bool[Array, " size *rest"], axis: int
 ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-    """The largest value along an axis among those allowed and its index, the first of them; -inf, -1 without any."""
+    """The largest value along an axis among those allowed, and its index, the first of them; without any, the lowest
+    float and -1."""
 
     def look(k, carry):
         best, index = carry
         value, allowed = (lax.dynamic_index_in_dim(x, k, axis, keepdims=False) for x in (values, among))
         better = allowed & (value > best)
-        return jnp.where(better, value, best), jnp.where(better, k, index)
+        return jnp.where(better, value, best), jnp.where(better, jnp.asarray(k, jnp.int32), index)
 
+    lowest = jnp.finfo(values.dtype).min
     nothing = blank(values.shape[:axis] + values.shape[axis + 1 :], jnp.int32, values)
-    return lax.fori_loop(0, values.shape[axis], look, (nothing.astype(values.dtype) - jnp.inf, nothing - 1))
+    return lax.fori_loop(0, values.shape[axis], look, (nothing.astype(values.dtype) + lowest, nothing - 1))
 
 
 def _one_hot(index: Int[Array, "..."], axis: int, size: int) -> Bool[Array, "..."]:
