@@ -133,7 +133,7 @@ def _complete(mask: Bool[Array, "m m blocks"], scores: Float[Array, "m m blocks"
     if not pattern.at_most:
         mask = lax.while_loop(lambda mask: jnp.any(short(mask)[0]), lambda mask: fill(exchange(mask)), mask)
     # Bounded: rounded differences could go round in circles.
-    start = (jnp.int32(0), mask, ~blank((), bool, mask))
+    start = (jnp.int32(0), mask, ~blank((), bool, scores))
     return lax.while_loop(lambda carry: carry[2] & (carry[0] < _ROUNDS_OF_SWAPS), round_, start)[1]
 
 
@@ -178,11 +178,12 @@ def _or_nothing(value: Float[Array, "m blocks"], index: Int[Array, "m blocks"], 
 
 def _count(mask: Bool[Array, "m m blocks"], axis: int) -> Int[Array, "m blocks"]:
     """Kept entries along an axis."""
+    kept = mask.astype(jnp.int32)
 
     def add(k, count):
-        return count + lax.dynamic_index_in_dim(mask, k, axis, keepdims=False).astype(jnp.int32)
+        return count + lax.dynamic_index_in_dim(kept, k, axis, keepdims=False)
 
-    return lax.fori_loop(0, mask.shape[0], add, blank(mask.shape[1:], jnp.int32, mask))
+    return lax.fori_loop(0, mask.shape[0], add, blank(mask.shape[1:], jnp.int32, kept))
 
 
 def _heaviest(
