@@ -30,6 +30,7 @@ the paper it may show `none`, and with other data than `none` the test that runs
 
 `Experiment` has more, where it is needed: a figure, a check whose failure is the exit status, options, parts. A file in
 `paper/` measures nothing: it names the results that it renders. Whatever trains calls `experiments.train`; sparsity is
-its optimiser. A table goes into the documentation between `<!-- table: loss of NAME on cpu-x86-64 -->` and
-`<!-- end -->`.
+its optimiser. A trained result is a file in `configs/` that states a `Study`: what is trained alike, and how much of it
+by the presets `cpu`, `gpu` and `paper`; the same command goes on where it was left. A table goes into the documentation
+between `<!-- table: loss of NAME on cpu-x86-64 -->` and `<!-- end -->`.
 """

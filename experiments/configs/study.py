@@ -19,7 +19,8 @@ import optax
 from rich.progress import TextColumn
 
 import nm_jax as nm
-from experiments.harness import Experiment, Run, Table
+from experiments.configs.comparison import tables
+from experiments.harness import Experiment, Run
 from experiments.train import Recipe, Task, Training, classification
 from experiments.train.folder import metrics
 from experiments.train.task import cross_entropy
@@ -233,44 +234,6 @@ def progress(path: Path, variant: Variant, seed: int, steps: int, epochs: int) -
     if lines and "flip_rate" in lines[-1]:
         row["flip_rates"] = [float(f"{line['flip_rate']:.3g}") for line in tested]
     return row
-
-
-def finished(result: dict, name: str) -> list[float]:
-    """Last accuracies of the seeds that are through."""
-    rows = [row for row in result["rows"] if row["name"] == name]
-    return [row["accuracies"][-1] for row in rows if row["epochs_done"] == row["epochs"]]
-
-
-def tables(result: dict) -> list[Table]:
-    """Accuracy of every variant, what it differs from the first by, seed by seed, and how far its runs are."""
-    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
-    rows = []
-    for name in names:
-        mine = [row for row in result["rows"] if row["name"] == name]
-        values, first = finished(result, name), finished(result, names[0])
-        paired = [a - b for a, b in zip(values, first, strict=False)]
-        flips = [row["flip_rates"][-1] for row in mine if row.get("flip_rates")]
-        done, whole = (sum(row[key] for row in mine) for key in ("epochs_done", "epochs"))
-        difference = f"{np.mean(paired):+.2f} {spread(paired)}" if paired and name != names[0] else None
-        rows.append(
-            (
-                name,
-                f"{np.mean(values):.2f} {spread(values)}" if values else None,
-                difference,
-                f"{100 * np.mean(flips):.2f} %" if flips else None,
-                len(values),
-                f"{done} of {whole}",
-            )
-        )
-    header = ("", "test accuracy, %", f"to {names[0]}, paired", "last flips", "seeds", "epochs")
-    title = f"{result['network']}, {result['data']}, from {result['start']}, preset {result['preset']}"
-    notes = "mean and standard deviation of the seeds that are through"
-    return [Table("accuracy", header, rows, title, notes)]
-
-
-def spread(values: list[float]) -> str:
-    """Standard deviation of a sample, if there is one."""
-    return f"± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from scipy import stats
 
 import nm_jax as nm
 from experiments import __main__ as command
 from experiments import catalogue
+from experiments.configs.comparison import compared, tables, verdict
 from experiments.configs.networks import pretrained
-from experiments.configs.study import Preset, Study, Variant, folder, tables
+from experiments.configs.study import Preset, Study, Variant, folder
 from experiments.data import images
 from experiments.data.errors import DataError
 from experiments.harness import Run
+from experiments.paper import figure_3a
 from experiments.train import Recipe
 from experiments.train.folder import MODEL
 
@@ -73,7 +76,7 @@ def test_a_study_trains_every_variant_of_every_seed(whole):
     assert all(len(row["accuracies"]) == 2 and row["accuracies"][-1] > 30 for row in rows)
     assert ["flip_rates" in row for row in rows] == [False, True, False]
     (shown,) = tables(whole[1])
-    assert [row[0] for row in shown.rows] == ["dense", "2:4-T", "ASP"] and shown.rows[1][-1] == "2 of 2"
+    assert [row[0] for row in shown.rows] == ["dense", "2:4-T", "ASP"] and shown.rows[1][-1] == "1 (2 of 2 epochs)"
     difference = rows[1]["accuracies"][-1] - rows[0]["accuracies"][-1]
     assert shown.rows[1][2].strip() == f"{difference:+.2f}"
 
@@ -101,6 +104,52 @@ def test_the_runs_of_another_preset_are_refused_in_one_line(whole):
     preset = dataclasses.replace(SHORT, recipe=dataclasses.replace(SHORT.recipe, rate=0.2))
     with pytest.raises(DataError, match=r"has another run: recipe is .*; choose another folder, or delete it"):
         measured(whole[0], study=Study("toy", VARIANTS, {"cpu": preset}))
+
+
+@pytest.mark.parametrize(
+    ("differences", "says"),
+    [([-1.0, -1.1, -0.9], "**short**"), ([1.0, 1.1, 0.9], "better"), ([-1.0, 1.0, -0.2], "none shown"), ([-5.0], None)],
+)
+def test_differences_are_judged_by_their_spread(differences, says):
+    found = verdict(differences)
+    assert found is None if says is None else found.startswith(says)
+    if found is not None:
+        interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)  # SciPy's own
+        assert (interval.low > 0, interval.high < 0) == (says == "better", says == "**short**")
+
+
+def row(name, pattern, seed, accuracy, epochs_done=2):
+    return {
+        "name": name,
+        "pattern": pattern,
+        "seed": seed,
+        "epochs": 2,
+        "epochs_done": epochs_done,
+        "accuracies": [1.0, accuracy][:epochs_done],
+    }
+
+
+def test_runs_that_are_not_through_are_not_counted_and_pairs_are_of_one_seed():
+    """Seed 0 of the sparse runs is not through: its accuracy counts nowhere, and seed 1 is held against seed 1."""
+    rows = [row("dense", None, 0, 50.0), row("dense", None, 1, 60.0)]
+    rows += [row("2:4", "2:4", 0, 9.0, epochs_done=1), row("2:4", "2:4", 1, 59.0)]
+    head = {"network": "toy", "data": "none", "start": "scratch", "preset": "cpu"}
+    shown = compared("toy", head | {"rows": rows}).rows
+    assert shown[0][:3] == ("dense", "55.00 ± 7.07", None)
+    assert shown[1] == ("2:4", "59.00", "-1.00", None, None, "33 %", "1 (3 of 4 epochs)")
+
+
+def test_figure_3a_correlates_with_both_diversities():
+    """Accuracies that are linear in the logarithm of the exact one correlate by 1 with that, by less with the other."""
+    patterns = ("US-0.5", "4:8", "2:4", "4:8-T", "2:4-T", "4:8-S")
+    rows = [row(p, p, 0, 50 + figure_3a.diversity(p, exact=True)) for p in patterns]
+    record = {"network": "toy", "data": "none", "recipe": {"epochs": 2}, "rows": [row("dense", None, 0, 99.0), *rows]}
+    assert figure_3a.correlation(record, exact=True) == pytest.approx(1)
+    assert 0.9 < figure_3a.correlation(record, exact=False) < 0.9999
+    result = {"configs/figure_3a_scratch/cpu": record}
+    (shown,) = figure_3a.tables(result)
+    assert [r[0] for r in shown.rows] == ["dense", *patterns, "correlation with the paper's", "correlation with exact"]
+    assert shown.rows[-1][-1] == "1.00" and len(figure_3a.draw(result).axes) == 1
 
 
 KILLED = textwrap.dedent("""
