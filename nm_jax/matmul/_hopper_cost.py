@@ -12,12 +12,20 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from nm_jax.matmul._tiles import padded
 
 PROCESSORS = 132  # of an H100 SXM; other Hoppers have 114 to 132
 L2_BYTES = 39  # in a cycle, for each multiprocessor when all read: assumed
 SHARED_BYTES = 128  # in a cycle
-START = 1500  # cycles until the first stage has landed, and of launching a block: assumed
+START = 1500  # cycles of launching a block until its first stage has landed: assumed
+
+
+def processors() -> int:
+    """Multiprocessors of the GPU at hand; of an H100 where there is none."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else PROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +60,14 @@ def step(config: Any) -> Step:
 
 
 def cycles(config: Any, tokens: int, rows: int, k: int) -> float:
-    """Cycles of a whole product: rounds of blocks, each with its start, its steps and the writing of its tile."""
+    """Cycles of a whole product: blocks that start once and then go through rounds of tiles, each with its steps and
+    the writing of its sums. With products in flight a block starts for every tile."""
     tokens, rows, k = padded((tokens, rows, k), config.tiles)
     blocks = tokens // config.tile_tokens * (rows // config.tile_rows)
     write = config.tile_rows * config.tile_tokens * 2 / L2_BYTES
     rounds = math.ceil(blocks / PROCESSORS)
-    return rounds * (START + k // config.tile_k * step(config).cycles + write)
+    starts = rounds if config.in_flight else 1
+    return starts * START + rounds * (k // config.tile_k * step(config).cycles + write)
 
 
 def best_raster(config: Any, tokens: int, rows: int, k: int) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from nm_jax.matmul import _mosaic as mosaic
 from nm_jax.matmul._fragments import CHUNK, add_product
+from nm_jax.matmul._hopper_cost import processors
 from nm_jax.matmul._mosaic import arith, fragmented_array, ir, llvm, memref, nvvm, pl, plgpu
 from nm_jax.matmul._tiles import PTX_TYPES, swizzle_bytes
 from nm_jax.matmul.hopper import GROUP_ROWS, OUT_TOKENS, WARPS, Config
@@ -71,7 +72,8 @@ def multiply(
 ) -> Float[Array, "tokens rows"]:
     tokens, k = x.shape
     row_tiles, token_tiles = values.shape[0] // config.tiles[1], tokens // config.tile_tokens
-    chunks = config.tile_k // CHUNK
+    clusters = config.clusters or processors() // config.cluster
+    tiles, chunks = row_tiles * token_tiles, config.tile_k // CHUNK
     leaf = _Decoded() if interpret else _TensorCores(config, PTX_TYPES[jnp.dtype(x.dtype)])
     block = functools.partial(plgpu.BlockSpec, delay_release=config.in_flight)
     shared_x: dict[str, Any] = {"collective_axes": ("cluster",)} if config.cluster > 1 else {}
@@ -90,8 +92,20 @@ def multiply(
         ),
     ]
 
-    def kernel(values_ref, words_ref, x_ref, y_ref, out):
-        row_tile, token_tile = mosaic.tile_index(lax.axis_index("tile"), row_tiles, token_tiles, config.raster)
+    def pipeline(multiply, compute):
+        return plgpu.emit_pipeline_warp_specialized(
+            multiply,
+            grid=(k // config.tile_k,),
+            in_specs=specs,
+            max_concurrent_steps=config.stages,
+            num_compute_wgs=config.groups,
+            wg_axis="group",
+            memory_registers=_MEMORY_REGISTERS,
+            compute_context=compute,
+        )
+
+    def one_tile(linear, allocations, values_ref, words_ref, x_ref, y_ref, out):
+        row_tile, token_tile = mosaic.tile_index(linear, row_tiles, token_tiles, config.raster)
         if config.cluster > 1:
             row_tile = row_tile * config.cluster + lax.axis_index("cluster")
         group = lax.axis_index("group")
@@ -102,8 +116,7 @@ def multiply(
         def compute(pipeline):
             acc = leaf.finish(pipeline(leaf.zeros((GROUP_ROWS, config.tile_tokens)))).astype(x.dtype)
             for start in range(0, config.tile_tokens, OUT_TOKENS):
-                if start:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 leaf.store_transposed(out.at[group], acc[:, start : start + OUT_TOKENS])
                 plgpu.commit_smem()
                 where = (
@@ -111,22 +124,31 @@ def multiply(
                     pl.ds(row_tile * config.tile_rows + group * GROUP_ROWS, GROUP_ROWS),
                 )
                 plgpu.copy_smem_to_gmem(out.at[group], y_ref.at[where])
-            plgpu.wait_smem_to_gmem(0)
 
-        plgpu.emit_pipeline_warp_specialized(
-            multiply,
-            grid=(k // config.tile_k,),
-            in_specs=specs,
-            max_concurrent_steps=config.stages,
-            num_compute_wgs=config.groups,
-            wg_axis="group",
-            memory_registers=_MEMORY_REGISTERS,
-            compute_context=compute,
-        )(
+        pipeline(multiply, compute)(
             values_ref.at[pl.ds(row_tile * config.tile_rows, config.tile_rows)],
             words_ref.at[pl.ds(row_tile * config.groups, config.groups)],
             x_ref.at[pl.ds(token_tile * config.tile_tokens, config.tile_tokens)],
+            allocations=allocations,
         )
+
+    def kernel(values_ref, words_ref, x_ref, y_ref, out):
+        operands = values_ref, words_ref, x_ref
+
+        # Stages outlive a tile: while its sums are written, those of the next one are loaded.
+        def all_tiles(allocations):
+            if config.in_flight:
+                one_tile(lax.axis_index("tile"), allocations, *operands, y_ref, out)
+            else:
+
+                @plgpu.nd_loop((tiles,), collective_axes="tile")
+                def _(loop):
+                    one_tile(loop.index[0], allocations, *operands, y_ref, out)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        allocations = pipeline(_nothing, _nothing).get_allocations(*operands)
+        pl.run_scoped(all_tiles, allocations=allocations, collective_axes="group")
 
     options: dict[str, Any] = {"interpret": mosaic.interpreter()} if interpret else {}
     if config.cluster > 1:
@@ -137,13 +159,17 @@ def multiply(
         scratch_types=[
             plgpu.SMEM((config.groups, OUT_TOKENS, GROUP_ROWS), x.dtype, transforms=mosaic.swizzled(GROUP_ROWS))
         ],
-        grid=(row_tiles * token_tiles,),
+        grid=(tiles if config.in_flight else min(tiles, clusters),),
         grid_names=("tile",),
         num_threads=config.groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **options,
     )(values, words, x)
+
+
+def _nothing(*_, **__):
+    """What memory a pipeline needs does not depend on what it does."""
 
 
 class _Decoded:

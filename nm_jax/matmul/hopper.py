@@ -3,7 +3,8 @@
 A block computes Y^T = A X^T for a tile of rows of A, 64 for each of its two or three warpgroups that multiply, and
 `tile_tokens` rows of X. One more warpgroup keeps `stages` tiles in flight from memory through the tensor memory
 accelerator; the others multiply what has landed, and write their tiles transposed. Two blocks of a cluster have
-different rows of A and the same rows of X, each loads half of these, and multicast gives them to both.
+different rows of A and the same rows of X, each loads half of these, and multicast gives them to both. A block goes
+through several tiles: the stages of the next one are loaded while the sums of the last one are written.
 
 What bounds it is counted in `_hopper_cost.py`. Nothing has been measured on hardware yet: the program that a GPU would
 run is compiled, and run in an interpreter of its instructions.
@@ -38,8 +39,9 @@ class Config:
       stages: tiles in flight.
       cluster: blocks that share their tile of X by multicast: 1 or 2.
       in_flight: stages whose products may be unfinished when the next is begun: 0 or 1. With 1, a stage is released
-        one step late.
+        one step late, and a cluster is launched for each tile: sums in flight leave no registers for going on.
       raster: row tiles, of a cluster, that consecutive clusters go through before the next tile of tokens.
+      clusters: that are launched, each going through several tiles; `None`: as many as the GPU holds at a time.
     """
 
     tile_tokens: int = 256
@@ -49,6 +51,7 @@ class Config:
     cluster: int = 2
     in_flight: int = 0
     raster: int = 8
+    clusters: int | None = None
 
     def __post_init__(self):
         check_tile_k(self.tile_k)
@@ -58,6 +61,8 @@ class Config:
             raise ValueError(f"groups is 2, or 3 with at most 192 tile_tokens, got {self}")
         if self.cluster not in (1, 2) or self.in_flight not in (0, 1) or self.raster < 1:
             raise ValueError(f"cluster is 1 or 2, in_flight 0 or 1 and raster positive, got {self}")
+        if self.clusters is not None and self.clusters < 1:
+            raise ValueError(f"clusters is positive or None, got {self}")
         if self.stages <= self.in_flight:
             raise ValueError(f"stages must be more than in_flight, got {self}")
         if self.shared_bytes > SHARED_BYTES:

@@ -209,9 +209,12 @@ class Block:
             return first * second + third
         if name == "mul" and parts[0] == "lo":
             return self.value(operands[0], bits) * self.value(operands[1], bits)
+        if name == "mul" and parts[0] == "hi" and kind == "u32":
+            product = self.value(operands[0], bits).astype(np.uint64) * self.value(operands[1], bits).astype(np.uint64)
+            return (product >> np.uint64(32)).astype(np.uint32)
         if name in ("shr", "min") and kind.startswith("s"):
             return ARITHMETIC[name](self.signed(operands[0], bits), self.signed(operands[1], bits)).view(UNSIGNED[bits])
-        if name in ARITHMETIC:
+        if name in ARITHMETIC and name != "mul":
             return ARITHMETIC[name](self.value(operands[0], bits), self.value(operands[1], bits))
         raise NotImplementedError(f"{opcode} {', '.join(operands)}")
 

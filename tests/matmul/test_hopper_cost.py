@@ -1,5 +1,6 @@
 """What the cost model counts, and what it chooses."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -42,8 +43,18 @@ def test_bytes_of_a_stage_are_those_of_its_tiles():
 def test_cycles_of_a_product_by_hand():
     """8192 x 8192: 43 x 44 tiles of 192 x 192, 15 rounds on 132 multiprocessors of 128 steps each."""
     config = hopper.Config(192, 3, stages=5)
-    expected = 15 * (_hopper_cost.START + 128 * 684 + 192 * 192 * 2 / 39)
-    assert _hopper_cost.cycles(config, 8192, 8192, 8192) == pytest.approx(expected)
+    tiles = 15 * (128 * 684 + 192 * 192 * 2 / 39)
+    assert _hopper_cost.cycles(config, 8192, 8192, 8192) == pytest.approx(_hopper_cost.START + tiles)
+    flying = dataclasses.replace(config, in_flight=1)
+    assert _hopper_cost.cycles(flying, 8192, 8192, 8192) == pytest.approx(15 * _hopper_cost.START + tiles)
+
+
+def test_a_product_runs_on_as_many_multiprocessors_as_there_are(monkeypatch):
+    assert _hopper_cost.processors() == 132
+    pcie = gpu("9.0")
+    pcie.core_count = 114
+    monkeypatch.setattr(_hopper_cost.jax, "devices", lambda: [pcie])
+    assert _hopper_cost.processors() == 114
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def test_interpreter_shows_a_copy_after_wait_and_barrier():
         ("mov.b32 %r2, 0xFFFFFFF0; shr.u32 %r1, %r2, 2;", 0x3FFFFFFC),
         ("mov.b32 %r2, -3; min.s32 %r1, %r2, 2;", 0xFFFFFFFD),
         ("mov.b32 %r2, 70000; mul.lo.s32 %r1, %r2, %r2;", 70000**2 % 2**32),
+        ("mov.b32 %r2, 0x80000000; mul.hi.u32 %r1, %r2, 10;", 5),
         ("mov.b32 %r2, 5; setp.eq.s32 %p1, %r2, 5; setp.lt.and.s32 %p2, %r2, 9, %p1; selp.b32 %r1, 1, 2, %p2;", 1),
         ("mov.b32 %r2, 5; setp.eq.s32 %p1, %r2, 5; not.pred %p2, %p1; selp.b32 %r1, 1, 2, %p2;", 2),
     ],
@@ -229,7 +230,7 @@ def test_product(name, shape, dtype):
 CONFIGS = [
     hopper.Config(tile_tokens=64, tile_k=128, stages=2, cluster=1, raster=1),
     hopper.Config(tile_tokens=64, stages=2, cluster=1, in_flight=1),
-    hopper.Config(tile_tokens=64, groups=3, stages=2, cluster=1),
+    hopper.Config(tile_tokens=64, groups=3, stages=2, cluster=1, clusters=1),
     pytest.param(
         hopper.Config(tile_tokens=64, stages=2, cluster=2),
         marks=pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 does not interpret clusters"),
@@ -365,6 +366,7 @@ def test_product_refuses(name, monkeypatch):
         (hopper.Config, {"stages": 6}, "bytes of shared memory"),
         (hopper.Config, {"stages": 1, "in_flight": 1}, "stages must be more than in_flight"),
         (hopper.Config, {"cluster": 4}, "cluster is 1 or 2"),
+        (hopper.Config, {"clusters": 0}, "clusters is positive"),
         (hopper.Config, {"tile_tokens": 256, "groups": 3, "stages": 2}, "3 with at most 192 tile_tokens"),
         (ampere.Config, {"tile_k": 32}, "tile_k must be 64 or 128"),
         (ampere.Config, {"stages": 1}, "stages must be at least 2"),
