@@ -130,10 +130,10 @@ HOPPER_TILES = [  # tokens, groups, columns of a stage, stages
     (192, 3, 64, 5),
     (256, 2, 64, 5),
     (256, 2, 64, 4),
-    (128, 3, 64, 6),
+    (256, 2, 64, 3),
     (256, 2, 128, 2),
-    (192, 2, 64, 6),
-    (128, 2, 64, 6),
+    (192, 2, 64, 5),
+    (128, 2, 64, 5),
 ]
 HOPPER = [
     {**dict(zip(("tile_tokens", "groups", "tile_k", "stages"), tile, strict=True)), **rest}

@@ -19,7 +19,7 @@ from nm_jax.matmul.hopper import GROUP_ROWS, OUT_TOKENS, WARPS, Config
 
 INTERPRETS_CLUSTERS = jax.__version_info__ >= (0, 11)
 _STEP = 32  # columns of A, before compression, that an instruction covers
-_MEMORY_REGISTERS = 40  # of a thread of the warpgroup that only moves data
+_MEMORY_REGISTERS = 56  # of a thread of the warpgroup that only moves data
 
 
 @dataclasses.dataclass(frozen=True)

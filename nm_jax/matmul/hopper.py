@@ -95,11 +95,11 @@ class Config:
 SHIPPED = (
     Config(192, groups=3, stages=5),
     Config(256, groups=2, stages=5),
-    Config(128, groups=2, stages=6),
-    Config(64, groups=2, stages=6),
+    Config(128, groups=2, stages=5),
+    Config(64, groups=2, stages=4),
     Config(192, groups=3, stages=5, cluster=1),
-    Config(128, groups=2, stages=6, cluster=1),
-    Config(64, groups=2, stages=6, cluster=1),
+    Config(128, groups=2, stages=5, cluster=1),
+    Config(64, groups=2, stages=5, cluster=1),
 )
 """What `default_config` chooses from."""
 

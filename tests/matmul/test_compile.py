@@ -49,7 +49,6 @@ def assert_no_spills(report):
 HOPPER_CONFIGS = [
     *hopper.SHIPPED,
     hopper.Config(cluster=1, in_flight=1),
-    hopper.Config(groups=3, tile_tokens=128, stages=6),
     hopper.Config(in_flight=1),
     hopper.Config(tile_tokens=192, groups=3, stages=5, in_flight=1),
     hopper.Config(tile_k=128, stages=2, in_flight=1),
