@@ -38,7 +38,7 @@ PATTERNS = (None, "2:4", "2:4-T", "4:8-T")  # None: dense
 COLOURS = {"dense": "#6b7280", "2:4": "#d97706", "2:4-T": "#2563eb", "4:8-T": "#059669"}
 BATCH = 128
 EVALUATE_EVERY = 20
-REFRESH_EVERY = 40  # the paper's, and the default
+REFRESH_EVERY = 40  # the paper's
 PICTURED = "Conv_2"  # layer whose masks the figure shows
 CORNER = 24  # rows and columns of it
 
@@ -55,7 +55,7 @@ def optimiser(pattern: str | None, steps: int) -> optax.GradientTransformation:
     """Adam with a cosine schedule; sparse where a pattern is given."""
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps, alpha=0.05))
     if pattern is not None:
-        tx = nm.sparse_training(tx, rules(pattern))  # the one line that makes training sparse
+        tx = nm.recipes.paper(tx, rules(pattern))  # the one line that makes training sparse
     return tx
 
 

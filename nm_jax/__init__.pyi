@@ -22,6 +22,10 @@ from ._masks.verify import verify as verify
 
 # Training: one optax transformation, and what to read from its state.
 from ._training.transformation import sparse_training as sparse_training
+from ._training.decay import Decay as Decay
+from ._training.decay import GradientDecay as GradientDecay
+from ._training.decay import StepDecay as StepDecay
+from . import recipes as recipes
 from ._training.state import RefreshStats as RefreshStats
 from ._training.state import SparseTrainingState as SparseTrainingState
 from ._training.reading import dense_params as dense_params

@@ -18,6 +18,7 @@ FLOORS = {
     "_model": 2,
     "_training": 3,
     "_reconstruct": 3,
+    "recipes": 4,
     "checkpoint": 4,
     "cli": 5,
 }

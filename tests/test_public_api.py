@@ -16,7 +16,9 @@ NAMES = [
     "Checkpoint",
     "CheckpointReport",
     "Conversion",
+    "Decay",
     "FormatError",
+    "GradientDecay",
     "Gram",
     "LeafReport",
     "LeafTrace",
@@ -35,6 +37,7 @@ NAMES = [
     "Report",
     "SequentialNM",
     "SparseTrainingState",
+    "StepDecay",
     "Trace",
     "TransposableNM",
     "Unstructured",
@@ -66,6 +69,7 @@ NAMES = [
     "permute",
     "plan",
     "prune_checkpoint",
+    "recipes",
     "reconstruct",
     "reconstruct_layers",
     "refresh_stats",
@@ -100,12 +104,12 @@ def test_every_public_name_is_there(name):
 def test_no_name_shadows_a_module():
     for name in dir(nm):
         found = importlib.util.find_spec(f"nm_jax.{name}")
-        assert (found is not None) == (name in ("matmul", "solvers")), name
+        assert (found is not None) == (name in ("matmul", "recipes", "solvers")), name
 
 
 def test_modules_that_are_not_public_have_private_names():
     folders = {module.name for module in pkgutil.iter_modules(nm.__path__) if not module.name.startswith("_")}
-    assert folders == {"checkpoint", "cli", "matmul", "solvers"}
+    assert folders == {"checkpoint", "cli", "matmul", "recipes", "solvers"}
 
 
 def modules_after(program):

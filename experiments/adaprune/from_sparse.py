@@ -43,7 +43,7 @@ def trained_on(network: Classifier, rules: Any, steps: int, advance: Callable[[]
 
     tx = optax.sgd(optax.cosine_decay_schedule(RATE, steps), momentum=0.9)
     if rules is not None:
-        tx = nm.sparse_training(tx, rules)
+        tx = nm.recipes.paper(tx, rules)
     state = fit(classification(network.module, network.variables(), batch), tx, steps, advance=advance)
     return {"params": state.params, **state.extra}
 

@@ -108,7 +108,7 @@ def bench_model(model: Model, patterns: tuple[str, ...], advance: Callable[[], N
     task, inner = regression(model), optax.adamw(1e-4)
     steps = model.periods * REFRESH_EVERY
     optimisers = {("dense", 0): inner} | {
-        (pattern, every): nm.sparse_training(inner, pattern, refresh_every=every)
+        (pattern, every): nm.recipes.paper(inner, pattern, refresh_every=every)
         for pattern in patterns
         for every in (NEVER, REFRESH_EVERY)
     }

@@ -10,7 +10,6 @@ from jaxtyping import PyTree
 from nm_jax._core.paths import empty
 from nm_jax._training.state import SparseTrainingState
 
-# States of optax's transformations that move the parameters themselves, past what is inside them.
 _MOVERS = (
     optax.LookaheadState,
     optax.contrib.MechanicState,
@@ -24,7 +23,7 @@ def states(opt_state: Any) -> list[SparseTrainingState]:
     found = _all_of(SparseTrainingState, opt_state)
     if not found:
         raise ValueError("this optimiser state holds no state of sparse_training; was tx.init called on it?")
-    for outer in _all_of(_MOVERS, opt_state):
+    for outer in movers(opt_state):
         # With a fixed mask what they do, sums and averages of sparse weights, has the pattern.
         if any(state.dense is not None for state in _all_of(SparseTrainingState, outer)):
             warnings.warn(
@@ -38,6 +37,11 @@ def states(opt_state: Any) -> list[SparseTrainingState]:
         return hasattr(node, "get_value")
 
     return [jax.tree.map(lambda n: n.get_value() if wrapped(n) else n, state, is_leaf=wrapped) for state in found]
+
+
+def movers(opt_state: Any) -> list[Any]:
+    """The states of optax's transformations that move the parameters themselves, past what is inside them."""
+    return _all_of(_MOVERS, opt_state)
 
 
 def _all_of(kind: Any, tree: PyTree) -> list[Any]:

@@ -8,12 +8,12 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
+from nm_jax._training.decay import Decay
 from nm_jax._training.drift import drifted
 from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.sparse_leaves import SparseLeaves
 from nm_jax._training.state import SparseTrainingState, check_call
-from nm_jax._training.straight_through import sr_ste_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,18 @@ class _Weight:
         """What the update before left of the parameter, up to rounding."""
         return jnp.where(self.mask, self.dense, 0)
 
-    def dense_gradient(self, decay: float) -> Float[Array, "*shape"] | None:
+    def dense_gradient(self, decay: Decay) -> Float[Array, "*shape"] | None:
         """The straight-through gradient, with the decay of what is pruned; none for a frozen weight."""
         if self.gradient is None:
             return None
-        gradient = self.gradient.astype(self.dense.dtype)
-        return gradient + sr_ste_term(self.dense, self.mask, decay) if decay else gradient
+        return decay.gradient(self.gradient.astype(self.dense.dtype), self.dense, self.mask)
 
-    def moved(self, step: Float[Array, "*shape"] | None) -> Float[Array, "*shape"]:
-        """The dense weight after a step of the optimiser."""
-        return self.dense if step is None else (self.dense + step).astype(self.dense.dtype)
+    def moved(self, step: Float[Array, "*shape"] | None, decay: Decay) -> Float[Array, "*shape"]:
+        """The dense weight after a step of the optimiser, and the decay of what is pruned."""
+        if step is None:
+            return self.dense
+        step = step.astype(self.dense.dtype)
+        return self.dense + (step if self.gradient is None else decay.step(step, self.dense, self.mask))
 
     def change(self, mask: Bool[Array, "*shape"], dense: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """What takes the parameter to `mask * dense`, in its own dtype."""
@@ -53,7 +55,7 @@ class _Weight:
 
 
 def refreshed_mask(
-    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh, decay: float
+    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh, decay: Decay
 ) -> optax.GradientTransformationExtraArgs:
     """`sparse_training` with masks that follow the dense weights.
 
@@ -62,7 +64,7 @@ def refreshed_mask(
       rules: which leaves are sparse, and how.
       partial: leaves whose sizes m does not divide.
       refresh: finds the masks when they are due.
-      decay: strength of the SR-STE term.
+      decay: of pruned weights.
     """
 
     def init(params):
@@ -89,7 +91,7 @@ def refreshed_mask(
             gradients, state.inner, sparse.put(params, stored), **not_to_be_called(extra_args)
         )
 
-        moved = [w.moved(change) for w, change in zip(weights, sparse.take(changes), strict=True)]
+        moved = [w.moved(change, decay) for w, change in zip(weights, sparse.take(changes), strict=True)]
         stats = state.stats._replace(drift=drift)
         masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
         kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]

@@ -4,6 +4,8 @@ import optax
 
 from nm_jax._core.rules import Rules, parse_rules
 from nm_jax._masks.compute import Scores
+from nm_jax._training.decay import Decay, StepDecay, as_decay
+from nm_jax._training.density import at_density
 from nm_jax._training.fixed_mask import fixed_mask
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.refreshed_mask import refreshed_mask
@@ -15,14 +17,15 @@ def sparse_training(
     rules: Rules,
     *,
     refresh_every: int | None = 40,
-    decay: float = 2e-4,
+    decay: float | Decay = StepDecay(3.0),  # noqa: B008
+    scale_steps: bool = False,
     solver: Solver | None = None,
     scores: Scores | None = None,
     begin_step: int = 0,
     end_step: int | None = None,
     partial: str = "skip",
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains N:M sparse parameters with any optimiser: SR-STE, with masks refreshed from the dense weights.
+    """Trains N:M sparse parameters with any optimiser: straight-through, with masks refreshed from the dense weights.
 
     ```python
     tx = nm.sparse_training(optax.adamw(3e-4), "2:4-T")  # was: tx = optax.adamw(3e-4)
@@ -32,8 +35,8 @@ def sparse_training(
     `mask * dense` after every applied update, so the gradient that the loop takes at them *is* the straight-through
     gradient. An update
 
-    1. adds the SR-STE term `decay * (1 - mask) * dense` to it,
-    2. lets `inner` update the dense weights, in at least float32,
+    1. takes it to `inner`, which makes a step of the dense weights, in at least float32,
+    2. pulls the pruned ones toward zero, as `decay` says, on the gradient or beside the step,
     3. refreshes the masks from them when due,
     4. returns `mask * dense - params` in the params' dtype.
 
@@ -51,7 +54,9 @@ def sparse_training(
       refresh_every: updates between two refreshes; 40 in the paper. `None`: the mask is found once and stays (the
         paper's retraining of a pretrained network). No dense copy is kept then, and gradients are masked before
         `inner`.
-      decay: strength of the SR-STE term; 2e-4 in SR-STE and in the paper.
+      decay: of pruned weights: `nm.StepDecay(3.0)`, as large as the optimiser's steps, or a number, the strength of
+        SR-STE's (`nm.GradientDecay`; `nm.recipes.paper` has the paper's).
+      scale_steps: multiply the optimiser's steps of sparse leaves by 1 / density (`nm.recipes.maximal_update`).
       solver: solver for every sparse leaf; `None` takes the default for each pattern.
       scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
       begin_step: number of dense updates before the first mask.
@@ -78,11 +83,13 @@ def sparse_training(
         refused. `update` passes extra arguments on, with functions that raise when they are called.
 
     Raises:
-      ValueError: from this function for wrong arguments; from `init` for rules that do not fit the parameters (and for
+      ValueError: with `scale_steps`, from `init`, for an optimiser that moves the parameters itself (`schedule_free`);
+        from this function for wrong arguments; from `init` for rules that do not fit the parameters (and for
         NaN among concrete ones) and for line searches; from `update` without params, for the state of another optimiser
         or of another tree, and for an inner transformation that evaluates the loss.
 
     Source: Hubara et al., NeurIPS 2021, Sections 3 and 4; SR-STE: Zhou et al., ICLR 2021.
+    The default decay: `nm.StepDecay`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, nm_jax as nm
@@ -107,9 +114,10 @@ def sparse_training(
         raise ValueError(f"refresh_every must be at least 1, or None for a fixed mask, got {refresh_every}")
     if begin_step < 0 or (end_step is not None and end_step < begin_step):
         raise ValueError(f"steps need 0 <= begin_step <= end_step, got {begin_step} and {end_step}")
-    if decay < 0:
-        raise ValueError(f"decay must not be negative, got {decay}")
+    decay = as_decay(decay)
     inner = optax.with_extra_args_support(inner)
+    if scale_steps:
+        inner = at_density(inner, rules, partial, begin_step)
     refresh = Refresh(refresh_every, begin_step, end_step, solver, scores)
     if refresh_every is None:
         return fixed_mask(inner, rules, partial, refresh)

@@ -1,0 +1,96 @@
+"""Sparse training as published, and as it was found to do well: settings of `sparse_training` with a name.
+
+To add a recipe, write a function here that takes `inner`, `rules` and further arguments of `nm.sparse_training`. Say
+where it is from and what to expect.
+"""
+
+from typing import Any
+
+import optax
+
+from nm_jax._core.rules import Rules
+from nm_jax._training.decay import GradientDecay
+from nm_jax._training.transformation import sparse_training
+
+
+def paper(inner: optax.GradientTransformation, rules: Rules, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    """The paper's: SR-STE with a decay of 2e-4 on the gradient, masks refreshed every 40 updates until the end.
+
+    Expect: as good as the default on classification with momentum SGD, which it was chosen for; worse than a mask that
+    stays wherever gradients are small beside the weights, as with a mean squared error under Adam.
+
+    Args:
+      inner: any optax optimiser that does not evaluate the loss itself.
+      rules: as in `nm.sparse_training`.
+      settings: other arguments of `nm.sparse_training`.
+
+    Returns:
+      What `nm.sparse_training` returns.
+
+    Source: Hubara et al., NeurIPS 2021, Section 4; Zhou et al., ICLR 2021.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> tx = nm.recipes.paper(optax.sgd(0.1, momentum=0.9), "2:4-T")
+      >>> nm.masks(tx.init({"kernel": jnp.eye(8)}))["kernel"].sum().item()
+      32
+    """
+    return sparse_training(inner, rules, **{"refresh_every": 40, "decay": GradientDecay(2e-4), **settings})
+
+
+def fixed_mask(
+    inner: optax.GradientTransformation, rules: Rules, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The mask of the first weights stays, and no dense copy is kept: the paper's retraining of a pretrained network.
+
+    Expect: the least memory; from scratch at best what the default reaches.
+
+    Args:
+      inner: any optax optimiser that does not evaluate the loss itself.
+      rules: as in `nm.sparse_training`.
+      settings: other arguments of `nm.sparse_training`.
+
+    Returns:
+      What `nm.sparse_training` returns.
+
+    Source: Hubara et al., NeurIPS 2021, Section 4.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> state = nm.recipes.fixed_mask(optax.adam(0.1), "2:4").init({"kernel": jnp.eye(8)})
+      >>> state.dense is None
+      True
+    """
+    return sparse_training(inner, rules, **{"refresh_every": None, **settings})
+
+
+def maximal_update(
+    inner: optax.GradientTransformation, rules: Rules, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The default, with steps of sparse weights 1 / density times as large: the learning rate of a dense run fits.
+
+    Each unit of a sparse layer sees a share of its inputs, and the same step of each weight moves it by that share: at
+    the learning rate of a dense run, a sparse one trains more slowly. Weight decay inside `inner` grows alike.
+
+    Expect: under Adam most of what a sparse network loses to a dense one in the same number of steps. Where the
+    learning rate is the largest that the dense network can bear, or has been tuned for the sparse one, the default.
+
+    Args:
+      inner: any optax optimiser that does not evaluate the loss itself.
+      rules: as in `nm.sparse_training`.
+      settings: other arguments of `nm.sparse_training`.
+
+    Returns:
+      What `nm.sparse_training` returns.
+
+    Source: the learning rate of SuPar, Dey et al., NeurIPS 2024. Its larger initialisation is left out: masks of the
+    largest weights keep most of the variance.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, nm_jax as nm
+      >>> params, tx = {"kernel": jnp.eye(4)}, nm.recipes.maximal_update(optax.sgd(1.0), "2:4", decay=0.0)
+      >>> updates, _ = tx.update({"kernel": jnp.full((4, 4), 0.125)}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"][0, 0].item()  # a step of 0.125, at half of the weights
+      0.75
+    """
+    return sparse_training(inner, rules, **{"scale_steps": True, **settings})
