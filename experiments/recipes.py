@@ -36,7 +36,6 @@ from experiments.train.task import cross_entropy
 STEPS, BATCH, SEEDS = 1200, 64, 3
 PATTERNS = ("2:4-T", "2:4", "4:8-T")
 EVERY = 40
-TEACHER = {"inputs": 32, "hidden": 24, "outputs": 16, "noise": 0.1, "train": 8000, "test": 1000}
 
 
 class Layers(nn.Module):
@@ -89,13 +88,13 @@ def autoencoder(reduce: Callable, steps: int) -> Task:
 
 def teacher(steps: int) -> Task:
     """A network of 32-128-128-16 learns a smaller one's outputs with noise, and is tested without."""
-    size, noise = TEACHER["train"], TEACHER["noise"]
+    size, hidden, outputs, noise = 8000, 24, 16, 0.1
     keys = jax.random.split(jax.random.key(5), 3)
-    x = jax.random.normal(keys[0], (TEACHER["train"] + TEACHER["test"], TEACHER["inputs"]))
-    known = Layers((TEACHER["hidden"], TEACHER["outputs"]))
+    x = jax.random.normal(keys[0], (size + 1000, 32))
+    known = Layers((hidden, outputs))
     y = 2 * jnp.asarray(known.apply(known.init(keys[1], x), x))
     seen = y + noise * jax.random.normal(keys[2], y.shape)
-    module = Layers((128, 128, TEACHER["outputs"]))
+    module = Layers((128, 128, outputs))
     return task(module, (x[:size], x[size:], seen[:size], y[size:]), mean_square, thousand_mse, steps)
 
 

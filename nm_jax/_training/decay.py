@@ -19,6 +19,14 @@ class Decay(abc.ABC):
 
     Attributes:
       strength: how strong it is; what 1 means is each class's own.
+
+    Examples:
+      >>> import dataclasses, jax.numpy as jnp, optax, nm_jax as nm
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Constant(nm.Decay):  # as fast, however large a weight is
+      ...     def step(self, step, weight, mask):
+      ...         return step - jnp.where(mask, 0, self.strength * jnp.sign(weight))
+      >>> tx = nm.sparse_training(optax.sgd(0.1), "2:4", decay=Constant(1e-3))
     """
 
     strength: float

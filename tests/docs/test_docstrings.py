@@ -10,8 +10,15 @@ import pytest
 
 import nm_jax as nm
 
+
+def is_own(member):
+    """Whether a recipe, and not what the module imports."""
+    return getattr(member, "__module__", "") == "nm_jax.recipes"
+
+
 # What a caller gets back or derives from is shown by the function that returns it.
-NAMES = [f"nm_jax.{name}" for name in dir(nm) if name not in ("solvers", "matmul")]
+NAMES = [f"nm_jax.{name}" for name in dir(nm) if name not in ("solvers", "matmul", "recipes")]
+NAMES += [f"nm_jax.recipes.{f.__name__}" for f in vars(nm.recipes).values() if is_own(f)]
 NAMES += [f"nm_jax.solvers.{name}" for name in dir(nm.solvers) if isinstance(getattr(nm.solvers, name), type)]
 
 

@@ -126,7 +126,8 @@ def test_steps_are_not_scaled_behind_the_back_of_what_keeps_them():
         tx.init(make_params())
 
 
-RECIPES = [nm.sparse_training, nm.recipes.paper, nm.recipes.fixed_mask, nm.recipes.maximal_update]
+RECIPES = [f for f in vars(nm.recipes).values() if getattr(f, "__module__", "") == "nm_jax.recipes"]
+RECIPES += [nm.sparse_training]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
