@@ -103,9 +103,9 @@ class StepDecay(Decay):
     strength: float = 3.0
 
     def step(self, step, weight, mask):
-        rate = self.strength * _norm(step) / _norm(weight)
-        # Not finite: of weights that are all 0, or whose squares overflow.
-        rate = jax.lax.stop_gradient(jnp.where(rate >= 0, jnp.minimum(rate, 1), 0)).astype(step.dtype)
+        size = _norm(weight)
+        rate = self.strength * _norm(step) / jnp.where(size > 0, size, 1)  # of weights that are all 0: any
+        rate = jnp.where(rate >= 0, jnp.minimum(rate, 1), 0)  # NaN: squares of both have overflowed
         return step - jnp.where(mask, 0, rate * weight)
 
 
