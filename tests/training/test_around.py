@@ -135,7 +135,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("case", OUTSIDE)
 def test_what_moves_parameters_outside_is_told(case):
     params = make_params()
-    tx = OUTSIDE[case](sparse(optax.sgd(0.1)))
+    tx = OUTSIDE[case](sparse(optax.sgd(0.1), decay=2e-4))
     state = tx.init(params)
     step = make_step(tx)
     for _ in range(7):
@@ -173,7 +173,7 @@ def test_what_computes_with_the_state_outside_is_refused(case, refresh_every):
 @pytest.mark.parametrize("refresh_every", [3, None])
 def test_lookahead_is_fine_around_a_fixed_mask_only(refresh_every):
     params = make_params()
-    inner = sparse(optax.sgd(0.5), refresh_every=refresh_every)
+    inner = sparse(optax.sgd(0.5), refresh_every=refresh_every, decay=0.0)  # so that masks change
     tx = optax.lookahead(inner, sync_period=3, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(nm.sparse_params(inner.init(params), params))
     state = tx.init(params)

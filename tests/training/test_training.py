@@ -115,7 +115,7 @@ def test_bfloat16_params_learn_from_steps_below_their_resolution():
 
 def test_refresh_happens_when_due_and_only_then():
     params = make_params()
-    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=4, begin_step=3, end_step=11)
+    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=4, begin_step=3, end_step=11, decay=0.0)
     state, step = tx.init(params), make_step(tx)
     changed = []
     for k in range(1, 20):
@@ -134,7 +134,7 @@ def test_refresh_happens_when_due_and_only_then():
 
 def test_flip_rate_and_retained_magnitude_are_in_the_state():
     params = make_params()
-    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=5)
+    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=5, decay=0.0)
     state, step = tx.init(params), make_step(tx)
     stats = nm.refresh_stats(state)
     np.testing.assert_array_equal(stats.flip_rate, [0, 0])
@@ -239,7 +239,7 @@ def test_first_gradient_and_edits_from_outside():
 
 def test_an_average_of_the_dense_weights_is_sparse_when_masked():
     params = make_params()
-    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=2)
+    tx = nm.sparse_training(optax.sgd(0.5), "2:4", refresh_every=2, decay=0.0)
     state, step = tx.init(params), make_step(tx)
     average, naive = nm.dense_params(state, params), nm.sparse_params(state, params)
     for _ in range(20):
