@@ -42,7 +42,7 @@ def test_a_dry_run_goes_through_all_that_a_gpu_would_do(tmp_path, monkeypatch):
 
 def test_a_row_that_fails_is_kept_and_the_next_one_runs(tmp_path):
     said = types.SimpleNamespace(print=lambda *a, **k: None)
-    run = harness.Run(types.SimpleNamespace(quick=True), "", said, tmp_path / "cpu.json")
+    run = harness.Run(types.SimpleNamespace(quick=True), "", said, tmp_path / "cpu.json", "a test")
     session = bench.Session(run, {"checks": {"k": {"a": 0.5}}, "best": {}}, deadline=float("inf"))
 
     def broken(*_):
