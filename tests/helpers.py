@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nm_jax import NM, SequentialNM, TransposableNM, Unstructured
+from nm_jax.solvers import Exact, MeetInTheMiddle
 
 # ----------------------------------------------------------------------------------------------------------- cases
 
@@ -68,6 +69,8 @@ PATTERNS = [
     TransposableNM(2, 4, at_most=True),
     TransposableNM(4, 8, at_most=True),
 ]
+
+PROVING = (Exact, MeetInTheMiddle)  # the solvers that prove the optimum, on their grid
 
 # ---------------------------------------------------------------------------------------------------------- oracles
 

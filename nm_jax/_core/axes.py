@@ -18,6 +18,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
@@ -116,7 +117,7 @@ class Tiling:
         """The leaf whose tiles these are: the inverse of `split`; padding is dropped."""
         batch, rows, cols = self.matrix_shape
         tall, wide = tiles.shape[3], tiles.shape[4]
-        matrix = tiles.transpose(2, 3, 0, 4, 1).reshape(batch, tall * self.rows, wide * self.cols)
+        matrix = _rows_of_matrix(tiles).reshape(batch, tall * self.rows, wide * self.cols)
         order = self._dims("b") + self._dims("i") + self._dims("o")
         leaf = matrix[:, :rows, :cols].reshape([self.shape[k] for k in order])
         return leaf.transpose([order.index(k) for k in range(len(order))])
@@ -124,6 +125,20 @@ class Tiling:
     def valid(self) -> Shaped[Array, "rows cols batch row_tiles col_tiles"] | None:
         """True where a tile holds an entry of the leaf, False where it holds padding; `None` without padding."""
         return self.split(jnp.ones(self.shape, bool)) if self.ragged else None
+
+
+def _rows_of_matrix(tiles):
+    """(rows, cols, batch, tall, wide) -> (batch, tall, rows, wide, cols).
+
+    Four bytes of a mask are moved as one word: they are neighbours in the result, and a quarter of the entries takes a
+    quarter of the time.
+    """
+    rows, cols, *counts = tiles.shape
+    if tiles.dtype != bool or isinstance(tiles, np.ndarray) or cols % 4:
+        return tiles.transpose(2, 3, 0, 4, 1)
+    parts = [tiles[:, k::4].astype(jnp.uint32) << (8 * k) for k in range(4)]
+    words = (parts[0] | parts[1] | parts[2] | parts[3]).transpose(2, 3, 0, 4, 1)
+    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*counts[:2], rows, counts[2], cols) != 0
 
 
 def matrix_groups(mask: Shaped[Array, "..."], axes: str, m: int) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from nm_jax.solvers.exact import Exact as Exact
 from nm_jax.solvers.flow import MinCostFlow as MinCostFlow
 from nm_jax.solvers.greedy import Greedy as Greedy
 from nm_jax.solvers.integer import IntegerProgram as IntegerProgram
+from nm_jax.solvers.meet_in_the_middle import MeetInTheMiddle as MeetInTheMiddle
 from nm_jax.solvers.menu import MENU as MENU
 from nm_jax.solvers.menu import default_solver as default_solver
 from nm_jax.solvers.menu import solve as solve

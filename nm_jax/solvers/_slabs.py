@@ -29,7 +29,7 @@ from nm_jax._core.patterns import Pattern
 from nm_jax.solvers._proof import Proof
 from nm_jax.solvers.base import Solver, blank, check_scores
 
-_SLAB_ENTRIES = 1 << 20  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
+_SLAB_ENTRIES = 1 << 19  # fits the last-level cache, and leaves enough tiles to fill the vectors of any device
 
 
 @jax.tree_util.register_dataclass
@@ -160,10 +160,15 @@ class _Large:
     def read(self, k, size: int, transform, dtype):
         """Tiles of slab k, (rows, cols, size), zeros after the last."""
         start = jnp.minimum(k * self.height, self.rows.shape[0] - self.height)
-        slab = transform(jax.lax.dynamic_slice_in_dim(self.rows, start, self.height)).astype(dtype)
-        tiles = slab.reshape(self.height, self.tiling.rows, self.wide, self.tiling.cols).transpose(1, 3, 0, 2)
-        tiles = tiles.reshape(self.tiling.rows, self.tiling.cols, -1)
-        return jnp.pad(tiles, ((0, 0), (0, 0), (0, size - tiles.shape[2])))
+        rows, cols, wide = self.tiling.rows, self.tiling.cols, self.wide
+
+        # A row of tiles at a time, which fits the nearest cache.
+        def unfold(k, tiles):
+            row = transform(jax.lax.dynamic_index_in_dim(self.rows, start + k, 0, keepdims=False)).astype(dtype)
+            row = row.reshape(rows, wide, cols).transpose(0, 2, 1)
+            return jax.lax.dynamic_update_slice_in_dim(tiles, row, k * wide, 2)
+
+        return jax.lax.fori_loop(0, self.height, unfold, blank((rows, cols, size), dtype, self.rows))
 
     def gather(self, slabs):
         """(..., slabs, size) -> (..., batch, row tiles, column tiles): each row of tiles once."""

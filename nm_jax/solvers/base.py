@@ -13,6 +13,7 @@ A name that users should have is also listed in `__init__.py`.
 import abc
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.patterns import Pattern
 from nm_jax.solvers._proof import Proof
+
+_UNROLLED = 16  # entries of a tile that are named one by one
 
 
 @jax.tree_util.register_dataclass
@@ -129,16 +132,19 @@ def _solve(solver: Solver, pattern: Pattern, scores, valid) -> Solution:
     if valid is not None:
         edge = ~jnp.all(valid, axis=(0, 1))
 
-        def choose(at_edge, inside):
-            return jnp.where(edge.reshape((1,) * (inside.ndim - edge.ndim) + edge.shape), at_edge, inside)
-
         def solve_edges():
-            found = _with_proof(solver.solve_edges(scores, valid, pattern), scores)
-            return jax.tree.map(choose, found, (mask, proof))
+            return choose(edge, _with_proof(solver.solve_edges(scores, valid, pattern), scores), (mask, proof))
 
         mask, proof = jax.lax.cond(jnp.any(edge), solve_edges, lambda: (mask, proof))
     objective = _objective(mask, scores)
     return Solution(mask, objective, _nan_tiles(scores), proof._replace(scale=jnp.abs(objective)))
+
+
+def choose(which: Bool[Array, "*tiles"], chosen, other):
+    """One of two trees of (..., *tiles), tile by tile: the first where `which`."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(which.reshape((1,) * (a.ndim - which.ndim) + which.shape), a, b), chosen, other
+    )
 
 
 def _with_proof(found: tuple[Array, Proof | None], scores: Array) -> tuple[Array, Proof]:
@@ -148,6 +154,8 @@ def _with_proof(found: tuple[Array, Proof | None], scores: Array) -> tuple[Array
 
 def _nan_tiles(scores: Float[Array, "rows cols *tiles"]) -> Bool[Array, "*tiles"]:
     """Which tiles have NaN: a loop that hardly ever runs, after one look at all of them."""
+    if math.prod(scores.shape[:2]) <= _UNROLLED:
+        return functools.reduce(jnp.bitwise_or, [jnp.isnan(entry) for row in scores for entry in row])
     none = blank(scores.shape[2:], bool, scores)
     look = jnp.any(jnp.isnan(scores))
     return jax.lax.while_loop(
@@ -169,7 +177,10 @@ def _objective(
     if cols == 1:
         return jnp.sum(kept(mask, scores), axis=(0, 1))
 
-    # Row by row: the CPU compiler does not vectorise reductions over leading axes, but does additions.
+    # By entry or by row: the CPU compiler does not vectorise reductions over leading axes, but does additions.
+    if rows * cols <= _UNROLLED:
+        return functools.reduce(jnp.add, [kept(mask[i, j], scores[i, j]) for i in range(rows) for j in range(cols)])
+
     def add_row(i, total):
         row = kept(mask[i], scores[i])
         return functools.reduce(jnp.add, [row[j] for j in range(cols)], total)

@@ -47,10 +47,9 @@ from jaxtyping import Array, Bool, Float, Int
 from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers._exact_bits import unpack
 from nm_jax.solvers._exact_descent import descend, duality_gap, threshold
-from nm_jax.solvers._exact_grid import quantise, quantise_double
 from nm_jax.solvers._exact_paths import augment
+from nm_jax.solvers._grid import proof_on_grid, quantise, quantise_double
 from nm_jax.solvers._pieces import in_pieces
-from nm_jax.solvers._proof import Proof
 from nm_jax.solvers.base import Solver, blank, well_scaled
 
 _MAX_M = 32  # a row of a mask is one int32
@@ -97,19 +96,7 @@ class Exact(Solver):
         bits, gap, exponent = _solve_blocks(blocks, pattern, self.chunk or _CHUNK)
         word = jnp.uint8 if pattern.m <= 8 else jnp.uint16 if pattern.m <= 16 else jnp.uint32
         mask = unpack(bits.astype(word)).reshape(scores.shape)
-        return mask, _proof(gap.reshape(tiles), exponent.reshape(tiles), pattern, scores.dtype)
-
-
-def _proof(gap: Int[Array, "*tiles"], exponent: Int[Array, "*tiles"], pattern: TransposableNM, dtype) -> Proof:
-    """From a gap in units of the grid. What is not 0 stays above 0 however small the unit is."""
-    lowest = jnp.finfo(dtype).minexp
-    unit = jnp.ldexp(jnp.ones((), dtype), jnp.maximum(exponent, lowest))
-    nothing = jnp.zeros_like(unit)
-    # Half a unit for each entry that this mask keeps, and for each that the true optimum keeps; none on the grid of
-    # the smallest subnormal, where all floats are.
-    finest = lowest - jnp.finfo(dtype).nmant
-    rounding = jnp.where(exponent <= finest, 0, pattern.n * pattern.m * unit)
-    return Proof(nothing, gap.astype(dtype) * unit, rounding, nothing)
+        return mask, proof_on_grid(gap.reshape(tiles), exponent.reshape(tiles), pattern, scores.dtype)
 
 
 class _Descended(NamedTuple):

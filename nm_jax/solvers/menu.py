@@ -17,12 +17,14 @@ from nm_jax.solvers.exact import Exact
 from nm_jax.solvers.flow import MinCostFlow
 from nm_jax.solvers.greedy import Greedy
 from nm_jax.solvers.integer import IntegerProgram
+from nm_jax.solvers.meet_in_the_middle import MeetInTheMiddle
 from nm_jax.solvers.topk import TopK, Window
 
 # To add a solver, add a line. The first that supports a pattern is its default: the optimum, and fast.
 MENU: tuple[Solver, ...] = (
     TopK(),
     Window(),
+    MeetInTheMiddle(),
     Exact(),
     MinCostFlow(),  # blocks beyond m = 32 go to the host
     Enumeration(),
@@ -40,7 +42,7 @@ def default_solver(pattern: Pattern) -> Solver:
     Examples:
       >>> import nm_jax as nm
       >>> nm.solvers.default_solver(nm.parse_pattern("2:4-T"))
-      Exact(chunk=None)
+      MeetInTheMiddle()
     """
     for solver in MENU:
         if solver.supports(pattern):

@@ -1,4 +1,4 @@
-"""The exact solver: independent optima on its grid, its proof, and the symmetries of the problem."""
+"""The solvers that prove the optimum: independent optima on their grids, the proof, the symmetries of the problem."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,8 +11,9 @@ from scipy.optimize import linear_sum_assignment
 from nm_jax import TransposableNM, parse_pattern, solve
 from nm_jax.solvers import MinCostFlow
 from nm_jax.solvers._exact_descent import duality_gap
-from nm_jax.solvers._exact_grid import quantise
+from nm_jax.solvers._grid import quantise
 from nm_jax.solvers.exact import Exact
+from nm_jax.solvers.meet_in_the_middle import MeetInTheMiddle
 from tests.helpers import SCORES, best_by_enumeration, reference_blocks
 
 WHOLE = ["1:2-T", "2:4-T", "4:8-T", "8:16-T", pytest.param("16:32-T", marks=pytest.mark.slow)]
@@ -24,11 +25,18 @@ MORE = [
 ]
 MODES = pytest.mark.parametrize("suffix", ["", "-at-most"], ids=["exactly", "at_most"])
 
-_solve = jax.jit(lambda scores, pattern: Exact()(scores, pattern), static_argnums=1)
+SOLVERS = (Exact(), MeetInTheMiddle())
+
+_solve = jax.jit(lambda scores, pattern, solver: solver(scores, pattern), static_argnums=(1, 2))
 
 
-def solve_blocks(scores, pattern):
-    return _solve(jnp.asarray(scores), parse_pattern(pattern))
+def solve_blocks(scores, pattern, solver=SOLVERS[0]):
+    return _solve(jnp.asarray(scores), parse_pattern(pattern), solver)
+
+
+def solvers_of(pattern):
+    """The solvers that prove the optimum of a pattern."""
+    return [solver for solver in SOLVERS if solver.supports(parse_pattern(pattern))]
 
 
 def grid_by_fractions(scores, unit):
@@ -41,6 +49,20 @@ def unit_of(scores, pattern):
     """The spacing of the grid of each block."""
     _, exponent = quantise(jnp.asarray(scores, jnp.float32), pattern)
     return 2.0 ** np.asarray(exponent, np.float64)
+
+
+def grid_of(scores, pattern, solver):
+    """Integers in the place of scores, of which the solver finds the optimum."""
+    grid = grid_by_fractions(scores, unit_of(scores, pattern))
+    if isinstance(solver, MeetInTheMiddle):
+        # 26 bits for signed scores too, rounded half to even, unless the block is scaled first.
+        scores = np.asarray(scores, np.float64)
+        largest = np.abs(scores).max((0, 1))
+        tame = (largest >= 2.0**-100) & (largest < 2.0**101)
+        exponent = np.floor(np.log2(np.where(tame, largest, 1)))
+        finer = np.rint(np.where(tame, scores, 0) / 2.0 ** (exponent - 25)).astype(np.int64)
+        grid = np.where(tame, finer, grid)
+    return grid
 
 
 def proved(solution):
@@ -65,16 +87,16 @@ def optimum(block, pattern):
     return int(table[linear_sum_assignment(table, maximize=True)].sum())
 
 
-def check_optimal(scores, pattern, against=10):
+def check_optimal(scores, pattern, against=10, solver=SOLVERS[0]):
     """Feasible, proved, and equal to the optimum of the grid on the first blocks."""
     pattern = parse_pattern(pattern)
-    solution = solve_blocks(scores, pattern)
+    solution = solve_blocks(scores, pattern, solver)
     assert bool(pattern.full(solution.mask).all())
     assert proved(solution)
     if pattern.at_most:
         assert not (np.asarray(solution.mask) & (scores < 0)).any()
         scores = np.maximum(scores, 0)
-    grid = grid_by_fractions(scores, unit_of(scores, pattern))
+    grid = grid_of(scores, pattern, solver)
     objective = (grid * np.asarray(solution.mask)).sum((0, 1))
     for k in range(min(against, scores.shape[2])):
         assert objective[k] == optimum(grid[:, :, k], pattern), k
@@ -95,7 +117,8 @@ def test_optimum_of_every_kind_of_scores(pattern, suffix):
             scores = make(rng, (m, m, 40)).astype(np.float32)
         # What is infinite is replaced before the solver sees it; tests/solvers/test_contract.py has that.
         if np.isfinite(scores).all():
-            check_optimal(scores, pattern + suffix, against)
+            for solver in solvers_of(pattern):
+                check_optimal(scores, pattern + suffix, against, solver)
 
 
 @MODES
@@ -105,9 +128,9 @@ def test_all_binary_3x3_blocks(suffix):
     scores = every.T.reshape(3, 3, 512).astype(np.float32)
     for n in (1, 2):
         pattern = parse_pattern(f"{n}:3-T{suffix}")
-        solution = check_optimal(scores, pattern, against=0)
         best = [best_by_enumeration(scores[:, :, k], pattern) for k in range(512)]
-        np.testing.assert_array_equal(solution.objective, best)
+        for solver in SOLVERS:
+            np.testing.assert_array_equal(check_optimal(scores, pattern, 0, solver).objective, best)
 
 
 @MODES
@@ -118,9 +141,11 @@ def test_4x4_blocks_against_enumeration(n, suffix):
     for name in ("gaussian", "signed", "ties", "heavy_tailed"):
         scores = SCORES[name](rng, (4, 4, 50)).astype(np.float32)
         best = [best_by_enumeration(scores[:, :, k], pattern) for k in range(50)]
-        found = (scores.astype(np.float64) * np.asarray(check_optimal(scores, pattern, 0).mask)).sum((0, 1))
-        # Half a unit of the grid for each kept entry.
-        np.testing.assert_allclose(found, best, rtol=0, atol=8 * 2.0**-25 * np.abs(scores).max())
+        for solver in SOLVERS:
+            mask = np.asarray(check_optimal(scores, pattern, 0, solver).mask)
+            found = (scores.astype(np.float64) * mask).sum((0, 1))
+            # Half a unit of the grid for each kept entry.
+            np.testing.assert_allclose(found, best, rtol=0, atol=8 * 2.0**-25 * np.abs(scores).max())
 
 
 @MODES
@@ -128,10 +153,11 @@ def test_4x4_blocks_against_enumeration(n, suffix):
 def test_reference_optima_on_real_blocks(key, suffix):
     data = reference_blocks()
     scores = np.abs(np.moveaxis(data[f"{key}/blocks"], 0, -1))
-    solution = check_optimal(scores, key.replace("of", ":") + "-T" + suffix, against=20)
-    found = (scores.astype(np.float64) * np.asarray(solution.mask)).sum((0, 1))
-    best = data[f"{key}/{'le_' if suffix else ''}opt_value"]
-    np.testing.assert_allclose(found, best, rtol=1e-6)
+    pattern = key.replace("of", ":") + "-T" + suffix
+    for solver in solvers_of(pattern):
+        mask = np.asarray(check_optimal(scores, pattern, 20, solver).mask)
+        best = data[f"{key}/{'le_' if suffix else ''}opt_value"]
+        np.testing.assert_allclose((scores.astype(np.float64) * mask).sum((0, 1)), best, rtol=1e-6)
 
 
 @MODES
@@ -154,13 +180,13 @@ def test_many_blocks_against_ortools(pattern, suffix):
     count = {4: 2000, 8: 1200, 16: 150, 32: 40}[pattern.m]
     for name, make in MANY.items():
         scores = make(rng, (pattern.m, pattern.m, count)).astype(np.float32)
-        solution = solve_blocks(scores, pattern)
-        assert bool(pattern.full(solution.mask).all()), name
-        assert proved(solution), name
-        unit = unit_of(scores, pattern)
-        grid = grid_by_fractions(np.maximum(scores, 0) if suffix else scores, unit)
-        found = (grid * np.asarray(solution.mask)).sum(dtype=np.int64)
-        assert found == ortools_optimum(graph, grid, pattern), name
+        for solver in solvers_of(pattern):
+            solution = solve_blocks(scores, pattern, solver)
+            assert bool(pattern.full(solution.mask).all()), name
+            assert proved(solution), name
+            grid = grid_of(np.maximum(scores, 0) if suffix else scores, pattern, solver)
+            found = (grid * np.asarray(solution.mask)).sum(dtype=np.int64)
+            assert found == ortools_optimum(graph, grid, pattern), name
 
 
 def ortools_optimum(graph, grid, pattern):
@@ -274,9 +300,13 @@ def integer_blocks(m, low=-1000, high=1000):
 
 def objective(scores, pattern):
     """The exact sum of what is kept; the integers below fit the grid, so that nothing is rounded."""
-    solution = solve_blocks(scores, pattern)
-    assert proved(solution)
-    return (np.asarray(scores, np.float64) * np.asarray(solution.mask)).sum()
+    found = []
+    for solver in solvers_of(pattern):
+        solution = solve_blocks(scores, pattern, solver)
+        assert proved(solution)
+        found.append((np.asarray(scores, np.float64) * np.asarray(solution.mask)).sum())
+    assert len(set(found)) == 1
+    return found[0]
 
 
 property_test = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -328,45 +358,50 @@ def test_at_most_keeps_no_negative_score_and_at_least_as_much(block):
 @property_test
 @hypothesis.given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))
 def test_any_finite_floats(suffix, values):
-    check_optimal(np.array(values, np.float32).reshape(4, 4, 1), "2:4-T" + suffix)
+    for solver in SOLVERS:
+        check_optimal(np.array(values, np.float32).reshape(4, 4, 1), "2:4-T" + suffix, solver=solver)
 
 
 # ---------------------------------------------------------------------------------------- shapes, types, transformation
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("blocks", [0, 1, 255, 256, 257])
-def test_any_number_of_blocks(blocks):
+def test_any_number_of_blocks(blocks, solver):
     """Chunks overlap at the end; each block is solved as it is alone."""
     pattern = TransposableNM(2, 4)
     rng = np.random.default_rng(16)
     scores = rng.integers(0, 5, (4, 4, blocks)).astype(np.float32)
-    solution = solve_blocks(scores, pattern)
+    solution = solve_blocks(scores, pattern, solver)
     assert solution.mask.shape == (4, 4, blocks)
     assert proved(solution)
     for k in (0, blocks // 2, blocks - 1) if blocks else ():
-        alone = solve_blocks(scores[:, :, k : k + 1], pattern)
+        alone = solve_blocks(scores[:, :, k : k + 1], pattern, solver)
         np.testing.assert_array_equal(solution.mask[:, :, k], alone.mask[:, :, 0])
 
 
-def test_tile_axes_do_not_matter():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_tile_axes_do_not_matter(solver):
     pattern = TransposableNM(2, 4)
     scores = jax.random.normal(jax.random.key(17), (4, 4, 6, 10))
-    flat = solve_blocks(scores.reshape(4, 4, 60), pattern)
-    shaped = solve_blocks(scores, pattern)
+    flat = solve_blocks(scores.reshape(4, 4, 60), pattern, solver)
+    shaped = solve_blocks(scores, pattern, solver)
     np.testing.assert_array_equal(shaped.mask.reshape(4, 4, 60), flat.mask)
     assert shaped.proof.rounding.shape == (6, 10)
-    single = solve_blocks(scores[:, :, 0, 0], pattern)
+    single = solve_blocks(scores[:, :, 0, 0], pattern, solver)
     assert single.proof.gap.shape == ()
     np.testing.assert_array_equal(single.mask, shaped.mask[:, :, 0, 0])
 
 
-@pytest.mark.parametrize("pattern", ["2:4-T", "3:5-T-at-most"])
-def test_jit_vmap_and_plain_agree(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "solver"), [("2:4-T", MeetInTheMiddle()), ("2:4-T", Exact()), ("3:5-T-at-most", Exact())]
+)
+def test_jit_vmap_and_plain_agree(pattern, solver):
     pattern = parse_pattern(pattern)
     scores = jax.random.randint(jax.random.key(18), (3, pattern.m, pattern.m, 50), -3, 4).astype(jnp.float32)
-    plain = [Exact()(s, pattern) for s in scores]
-    jitted = [solve_blocks(s, pattern) for s in scores]
-    batched = jax.jit(jax.vmap(lambda s: Exact()(s, pattern)))(scores)
+    plain = [solver(s, pattern) for s in scores]
+    jitted = [solve_blocks(s, pattern, solver) for s in scores]
+    batched = jax.jit(jax.vmap(lambda s: solver(s, pattern)))(scores)
     for k in range(3):
         np.testing.assert_array_equal(jitted[k].mask, plain[k].mask)
         np.testing.assert_array_equal(batched.mask[k], plain[k].mask)
@@ -385,19 +420,20 @@ def test_inside_cond():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_short_floats_are_solved_as_they_are(dtype):
     scores = jax.random.normal(jax.random.key(20), (4, 4, 100)).astype(dtype)
-    np.testing.assert_array_equal(
-        solve_blocks(scores, "2:4-T").mask, solve_blocks(scores.astype(jnp.float32), "2:4-T").mask
-    )
+    for solver in SOLVERS:
+        expected = solve_blocks(scores.astype(jnp.float32), "2:4-T", solver)
+        np.testing.assert_array_equal(solve_blocks(scores, "2:4-T", solver).mask, expected.mask)
 
 
 def test_float64_scores():
     with jax.enable_x64(True):
         scores = jnp.asarray(np.random.default_rng(21).normal(size=(4, 4, 100)))
         assert scores.dtype == jnp.float64
-        solution = Exact()(scores, TransposableNM(2, 4))
-        assert proved(solution)
         expected = MinCostFlow()(scores, TransposableNM(2, 4)).objective
-        np.testing.assert_allclose(solution.objective, expected, rtol=1e-6)
+        for solver in SOLVERS:
+            solution = solver(scores, TransposableNM(2, 4))
+            assert proved(solution)
+            np.testing.assert_allclose(solution.objective, expected, rtol=1e-6)
 
 
 def test_chunk_size_does_not_matter():

@@ -9,6 +9,7 @@ import pytest
 import nm_jax as nm
 from nm_jax import solvers
 from nm_jax.solvers import Proof
+from nm_jax.solvers._grid import proof_on_grid
 
 
 def proof(*fields):
@@ -39,12 +40,14 @@ def test_remarks_say_what_is_proved(fields, remark):
 def test_a_gap_never_vanishes_in_small_units():
     """Scores of 1e-42: what is proved of them is not lost where a device flushes subnormal numbers to zero."""
     gap, exponent = jnp.array([1, 1, 0]), jnp.array([-149, -140, -140])
-    found = solvers.exact._proof(gap, exponent, nm.TransposableNM(2, 4), jnp.float32)
+    found = proof_on_grid(gap, exponent, nm.TransposableNM(2, 4), jnp.float32)
     np.testing.assert_array_equal(found.gap > 0, [True, True, False])
     np.testing.assert_array_equal(found.rounding > 0, [False, True, True])
 
 
-@pytest.mark.parametrize(("solver", "proved"), [(solvers.Greedy(), False), (solvers.Exact(), True)])
+@pytest.mark.parametrize(
+    ("solver", "proved"), [(solvers.Greedy(), False), (solvers.Exact(), True), (solvers.MeetInTheMiddle(), True)]
+)
 def test_reports_and_states_without_infinities(solver, proved):
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
     with jax.debug_infs(True):

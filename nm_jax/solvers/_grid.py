@@ -1,10 +1,11 @@
-"""`Exact`: scores in fixed point, on a grid of their own for each block."""
+"""Scores in fixed point, on a grid of their own for each block, and what is proved of a mask on it."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from nm_jax._core.patterns import TransposableNM
+from nm_jax.solvers._proof import Proof
 from nm_jax.solvers.base import blank
 
 
@@ -77,3 +78,15 @@ def quantise_double(
     exponent = exponent - _fraction_bits(pattern.m) + signed.astype(exponent.dtype)
     grid = jnp.round(jnp.ldexp(scores, -exponent[None, None]))
     return jnp.maximum(grid, -1 if pattern.at_most else grid).astype(jnp.int32), exponent.astype(jnp.int32)
+
+
+def proof_on_grid(gap: Int[Array, "*tiles"], exponent: Int[Array, "*tiles"], pattern: TransposableNM, dtype) -> Proof:
+    """From a gap in units of the grid. What is not 0 stays above 0 however small the unit is."""
+    lowest = jnp.finfo(dtype).minexp
+    unit = jnp.ldexp(jnp.ones((), dtype), jnp.maximum(exponent, lowest))
+    nothing = jnp.zeros_like(unit)
+    # Half a unit for each entry that this mask keeps, and for each that the true optimum keeps; none on the grid of
+    # the smallest subnormal, where all floats are.
+    finest = lowest - jnp.finfo(dtype).nmant
+    rounding = jnp.where(exponent <= finest, 0, pattern.n * pattern.m * unit)
+    return Proof(nothing, gap.astype(dtype) * unit, rounding, nothing)
