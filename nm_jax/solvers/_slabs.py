@@ -81,7 +81,7 @@ def solve_matrices(
     Example: see `Solved`.
 
     Temporary memory: one byte per entry, 17 per tile, the pool of matrices that are smaller than a slab (or padded),
-    and a slab.
+    and a slab. Unstructured masks take twice the weights: the scores, and integers in their order.
     """
     for score in scores:
         check_scores(score)
