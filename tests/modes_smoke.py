@@ -126,6 +126,11 @@ def training_around():
     for tx in (
         nm.sparse_training(optax.sgd(0.1), "2:4", refresh_every=None),
         nm.sparse_training(optax.sgd(0.1), "2:4", refresh_every=1, begin_step=1, end_step=2),
+        nm.sparse_training(optax.sgd(0.1), "2:4", decay=nm.GradientDecay(1e-3)),
+        nm.sparse_training(optax.sgd(0.1), "2:4", decay=nm.StepDecay(1.0)),
+        nm.recipes.paper(optax.sgd(0.1), "2:4"),
+        nm.recipes.fixed_mask(optax.sgd(0.1), "2:4"),
+        nm.recipes.maximal_update(optax.sgd(0.1), "2:4"),
         optax.apply_if_finite(nm.sparse_training(optax.sgd(0.1), "2:4"), 2),
         optax.multi_transform(
             {"a": nm.sparse_training(optax.sgd(0.1), "2:4"), "b": optax.sgd(0.1)}, {"a": "a", "b": "b"}
@@ -210,6 +215,10 @@ def permutation():
     for pattern in ("2:4", "2:4-T"):
         found = nm.find_permutation(jnp.abs(draw(8, 8)), pattern)
         holds(found.after >= found.before and sorted(np.asarray(found.inputs)) == list(range(8)), pattern)
+    params, x = network(), draw(32, 8, seed=3)
+    permuted, report = nm.permute(apply, params, x, pattern="2:4")
+    close(apply(permuted, x), apply(params, x))
+    holds(report.layers and str(report))
 
 
 def batch_norm():

@@ -28,11 +28,11 @@ def test_every_section_runs(mode):
 
 # Classes whose instances functions of the smoke test return, and what has its own tests of modes.
 RETURNED = {
-    "Checkpoint", "CheckpointReport", "Conversion", "LeafReport", "LeafTrace", "PackedWeight", "Permutation",
-    "PlannedLeaf", "PruneReport", "PrunedLayer", "Reconstruction", "RefreshStats", "Report",
-    "SparseTrainingState", "Trace", "Use", "Violations",
+    "ChannelGroup", "Checkpoint", "CheckpointReport", "Conversion", "LeafReport", "LeafTrace", "PackedWeight",
+    "Permutation", "PermuteReport", "PermutedLayer", "PlannedLeaf", "PruneReport", "PrunedLayer", "Reconstruction",
+    "RefreshStats", "Report", "SparseTrainingState", "Trace", "Use", "Violations",
 }  # fmt: skip
-CONSTANT = {"__version__", "FormatError", "Pattern", "matmul"}  # nothing that a mode could change
+CONSTANT = {"__version__", "Decay", "FormatError", "Pattern", "matmul"}  # nothing that a mode could change
 
 
 def test_every_public_name_is_in_the_smoke_test():
