@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
@@ -43,7 +44,7 @@ def spec(leaf: Array) -> PartitionSpec:
     return jax.typeof(leaf).sharding.spec
 
 
-def by_mesh(arrays: Sequence[Array]) -> list[list[int]]:
+def by_mesh(arrays: Sequence[Array | np.ndarray]) -> list[list[int]]:
     """Which arrays are on one mesh, as indices: a program of its own for each.
 
     JAX lets an operation of its own for the partitioner (`custom_partitioning`) see one mesh in a program. Arrays that

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from nm_jax._core.paths import empty
@@ -76,7 +77,7 @@ def compute_masks(
     return tree, Report(rows, dense_leaves(leaves))
 
 
-def _scores(leaves: Sequence[SparseLeaf], weights: list[Array], scores) -> list[Array]:
+def _scores(leaves: Sequence[SparseLeaf], weights: list[Array | np.ndarray], scores) -> list[Array | np.ndarray]:
     if scores is None:
         given = weights  # their magnitudes, taken by the solve
     elif callable(scores):
@@ -93,7 +94,9 @@ def _scores(leaves: Sequence[SparseLeaf], weights: list[Array], scores) -> list[
     return given
 
 
-def _solve_compiled(leaves: Sequence[SparseLeaf], scores: list[Array], solver, transform) -> list[SolvedLeaf]:
+def _solve_compiled(
+    leaves: Sequence[SparseLeaf], scores: list[Array | np.ndarray], solver, transform
+) -> list[SolvedLeaf]:
     solved: dict[int, SolvedLeaf] = {}
     for group in by_mesh(scores):
         found = _solve_leaves_jit(tuple(leaves[k] for k in group), [scores[k] for k in group], solver, transform)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nm_jax._core.patterns import TransposableNM
 from nm_jax.solvers._grid import proof_on_grid, quantise, quantise_double
 from nm_jax.solvers._proof import Proof
-from nm_jax.solvers.base import Solver, choose, well_scaled
+from nm_jax.solvers.base import Solver, choose, order_key, well_scaled
 
 _MOST_ROWS = 4  # with more the ways are too many: at 4:8 four rows have 38,165 column counts
 
@@ -86,7 +86,10 @@ def _quick(
     """The grid of blocks that one float can scale, and the exponent of its unit: 26 bits below the largest score."""
     exponent = jnp.clip(largest >> 23, 27, 227)
     grid = jnp.round(scores * lax.bitcast_convert_type((279 - exponent) << 23, jnp.float32)[None, None])
-    return (jnp.where(scores < 0, -1, grid) if pattern.at_most else grid).astype(jnp.int32), exponent - 152
+    if pattern.at_most:
+        negative = order_key(scores) < 0  # of integers: comparisons of floats may take subnormals for 0
+        grid = jnp.where(negative, -1, grid)
+    return grid.astype(jnp.int32), exponent - 152
 
 
 def _careful(

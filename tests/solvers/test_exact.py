@@ -354,6 +354,14 @@ def test_at_most_keeps_no_negative_score_and_at_least_as_much(block):
     assert objective(block, "2:4-T-at-most") >= objective(block, "2:4-T")
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_at_most_keeps_no_negative_subnormal_score(solver):
+    block = np.zeros((4, 4, 1), np.float32)
+    block[0, 0], block[1, 1], block[2, 2] = 1, -1e-45, 1e-45
+    mask = np.asarray(solve_blocks(block, "2:4-T-at-most", solver).mask)
+    assert mask[0, 0] and not mask[1, 1]
+
+
 @MODES
 @property_test
 @hypothesis.given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))

@@ -232,7 +232,7 @@ def _pad(eqn: Equation, operands: Sequence[Dims]) -> list[Dims]:
             fix(part, "pad spreads or crops it")
             out.append(Part(size, "pad spreads or crops it"))
         else:
-            out.append(joined([Part(low), part, Part(high)]))
+            out.append(joined([Part(int(low)), part, Part(int(high))]))  # of NumPy for some
     return [tuple(out)]
 
 
