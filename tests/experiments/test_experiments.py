@@ -21,7 +21,17 @@ def run(*arguments):
     return command.main([*map(str, arguments)])
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.data == "none"])
+SLOW = ("bench/solvers", "bench/training", "bench/checkpoint", "recipes")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, entry in ENTRIES.items()
+        if entry.data == "none"
+    ],
+)
 def test_experiments_run(name, tmp_path, capsys):
     """`--quick`, and the same shown again from the file alone."""
     assert run(name, "--quick", "--out", tmp_path) == 0

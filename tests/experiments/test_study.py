@@ -70,6 +70,7 @@ def whole(tmp_path_factory):
     return path, measured(path)
 
 
+@pytest.mark.slow
 def test_a_study_trains_every_variant_of_every_seed(whole):
     rows = whole[1]["rows"]
     assert [(row["name"], row["epochs_done"]) for row in rows] == [("dense", 2), ("2:4-T", 2), ("ASP", 2)]
@@ -81,6 +82,7 @@ def test_a_study_trains_every_variant_of_every_seed(whole):
     assert shown.rows[1][2].strip() == f"{difference:+.2f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=lambda v: v.name)
 def test_models_that_are_written_have_their_pattern(whole, variant):
     """By slices of the arrays in the file, along W and for -T along W^T; the first and the last layer are dense."""
@@ -93,6 +95,7 @@ def test_models_that_are_written_have_their_pattern(whole, variant):
     assert np.count_nonzero(arrays["params/conv1/kernel"]) == 64 * 32
 
 
+@pytest.mark.slow
 def test_a_start_that_is_cut_off_says_how_far_it_is_and_the_next_one_ends_as_one(whole, tmp_path):
     part = measured(tmp_path, minutes=1e-9)
     assert [row["epochs_done"] for row in part["rows"]] == [0, 0, 0]
@@ -100,6 +103,7 @@ def test_a_start_that_is_cut_off_says_how_far_it_is_and_the_next_one_ends_as_one
     assert figures(measured(tmp_path)) == figures(whole[1])
 
 
+@pytest.mark.slow
 def test_the_runs_of_another_preset_are_refused_in_one_line(whole):
     preset = dataclasses.replace(SHORT, recipe=dataclasses.replace(SHORT.recipe, rate=0.2))
     with pytest.raises(DataError, match=r"has another run: recipe is .*; choose another folder, or delete it"):

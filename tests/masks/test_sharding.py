@@ -54,6 +54,15 @@ def on_one_device(function, *args):
     return jax.tree.map(np.asarray, jax.jit(function)(*args))
 
 
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Auto, id="auto"),
+        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_masks_are_those_of_one_device_and_nothing_moves(kind, spec):
@@ -73,7 +82,7 @@ def test_masks_are_those_of_one_device_and_nothing_moves(kind, spec):
         assert where.is_equivalent_to(sharded["a"]["kernel"].sharding, 2)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 def test_the_report_of_sharded_leaves(kind):
     params, the_mesh = make_params(), mesh(kind)
     _, expected = nm.compute_masks(params, RULES, return_report=True)
@@ -84,7 +93,7 @@ def test_the_report_of_sharded_leaves(kind):
     assert re.search(r"optimal to \de-0\d, proved", str(report))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 @pytest.mark.parametrize(
     "spec", [pytest.param("rows", marks=pytest.mark.slow), pytest.param("columns", marks=pytest.mark.slow), "both"]
 )
@@ -113,13 +122,7 @@ def test_a_training_step_moves_no_weights_to_refresh(kind, spec):
     np.testing.assert_allclose(nm.refresh_stats(state).retained, nm.refresh_stats(expected_state).retained, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(AxisType.Auto, id="auto"),
-        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
-    ],
-)
+@KINDS
 @pytest.mark.parametrize(
     ("axes", "shape", "spec", "message"),
     [
