@@ -102,7 +102,7 @@ def test_channels_whose_groups_would_be_torn_stay(size):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [*((name, "1:2") for name in ARCHITECTURES), ("grouped-query attention", "1:2-T"), ("scan over layers", "1:2-T")],
+    [*((name, "1:2") for name in ARCHITECTURES), ("gated mlp", "1:2-T"), ("scan over layers", "1:2-T")],
 )
 def test_no_layer_of_any_architecture_keeps_less(name, pattern):
     apply, params, inputs, _ = ARCHITECTURES[name]()
