@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 import nm_jax as nm
-from experiments.harness import Table
+from experiments.harness import Experiment, Table
 
 
 def finished(result: dict, name: str) -> dict[int, float]:
@@ -76,3 +76,14 @@ def verdict(differences: list[float]) -> str | None:
 def spread(values: list[float]) -> str:
     """Standard deviation of a sample, if there is one."""
     return f"± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+
+
+def against_paper(study: str, paper: Mapping[str, str]) -> Experiment:
+    """A table for every preset of a study that there are results of, beside the paper's accuracies by variant."""
+    presets = ("paper", "gpu", "cpu")
+    sources = tuple(f"configs/{study}/{preset}" for preset in presets)
+
+    def tables(result: dict) -> list[Table]:
+        return [compared(p, result[s], paper) for p, s in zip(presets, sources, strict=True) if result.get(s)]
+
+    return Experiment(None, tables, sources=sources)

@@ -8,16 +8,6 @@ Time: none; from the results of configs/table_3
 Data: none
 """
 
-from experiments.configs.comparison import compared
-from experiments.harness import Experiment, Table
+from experiments.configs.comparison import against_paper
 
-PAPER = {"dense": "76.15", "ASP 2:4": "76.6", "4:8-T": "76.6"}
-PRESETS = ("paper", "gpu", "cpu")
-
-
-def tables(result: dict) -> list[Table]:
-    """Every preset that there are results of."""
-    return [compared(preset, r, PAPER) for preset in PRESETS if (r := result.get(f"configs/table_3/{preset}"))]
-
-
-EXPERIMENT = Experiment(None, tables, sources=tuple(f"configs/table_3/{preset}" for preset in PRESETS))
+EXPERIMENT = against_paper("table_3", {"dense": "76.15", "ASP 2:4": "76.6", "4:8-T": "76.6"})

@@ -8,16 +8,6 @@ Time: none; from the results of configs/table_4
 Data: none
 """
 
-from experiments.configs.comparison import compared
-from experiments.harness import Experiment, Table
+from experiments.configs.comparison import against_paper
 
-PAPER = {"dense": "77.3", "4:8 SR-STE": "77.4", "4:8-T Algorithm 1": "77.1"}
-PRESETS = ("paper", "gpu", "cpu")
-
-
-def tables(result: dict) -> list[Table]:
-    """Every preset that there are results of."""
-    return [compared(preset, r, PAPER) for preset in PRESETS if (r := result.get(f"configs/table_4/{preset}"))]
-
-
-EXPERIMENT = Experiment(None, tables, sources=tuple(f"configs/table_4/{preset}" for preset in PRESETS))
+EXPERIMENT = against_paper("table_4", {"dense": "77.3", "4:8 SR-STE": "77.4", "4:8-T Algorithm 1": "77.1"})
