@@ -253,7 +253,7 @@ decoder.prediction.embed.weight 129x64 embedding
 decoder.prediction.dec_rnn.lstm.weight_ih_l0 256x64 oi
 joint.enc.weight 64x64 oi +64
 joint.pred.weight 64x64 oi +64
-joint.joint_net.2.weight 129x64 oi +129
+joint.joint_net.2.weight 129x64 head +129
 [mask rcnn |  | ]
 backbone.fpn.inner_blocks.0.0.weight 64x64x1x1 oibb +64
 backbone.fpn.layer_blocks.0.0.weight 64x64x3x3 oibb +64
@@ -441,7 +441,8 @@ proj.weight 64x16 ...
 """
 
 
-def _blocks(text: str) -> dict[str, Family]:
+def blocks(text: str) -> dict[str, Family]:
+    """The models of a text like the one above."""
     found = {}
     for block in re.split(r"^\[", text, flags=re.MULTILINE)[1:]:
         head, _, tensors = block.partition("]\n")
@@ -450,4 +451,4 @@ def _blocks(text: str) -> dict[str, Family]:
     return found
 
 
-MORE = _blocks(_TEXT)
+MORE = blocks(_TEXT)

@@ -11,7 +11,10 @@ from nm_jax.checkpoint.knowledge import Contents, identify
 from tests.checkpoint.cases import normal
 from tests.checkpoint.families import FAMILIES, Family
 from tests.checkpoint.families_more import MORE
+from tests.checkpoint.families_recent import RECENT
 from tests.helpers import worst_group
+
+EVERY = FAMILIES | MORE | RECENT
 
 
 def parsed(family: Family) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -48,20 +51,20 @@ def check(found: Contents, name: str, kind: str) -> None:
         assert kind.strip(".") in " ".join(said), f"{name}: {finding}"
 
 
-@pytest.mark.parametrize("family", FAMILIES | MORE)
+@pytest.mark.parametrize("family", EVERY)
 def test_families(family):
-    this = (FAMILIES | MORE)[family]
+    this = EVERY[family]
     shapes, kinds = parsed(this)
     found = contents(this, shapes)
     for name, kind in kinds.items():
         check(found, name, kind)
 
 
-@pytest.mark.parametrize("family", [name for name, family in (FAMILIES | MORE).items() if family.model_type])
+@pytest.mark.parametrize("family", [name for name, family in EVERY.items() if family.model_type])
 @pytest.mark.parametrize("lost", ["config", "biases"])
 def test_with_less_to_go_by_nothing_gets_other_axes(family, lost):
     """Without `config.json`, or without biases, more is not known, and what is known is the same."""
-    this = (FAMILIES | MORE)[family]
+    this = EVERY[family]
     shapes, kinds = parsed(this)
     if lost == "config":
         this = this._replace(model_type="")

@@ -38,6 +38,7 @@ TABLE = (
     Architecture(("ctrl",), r"transformer\.w\.weight", LOOKUP, "nn.Embedding"),
     Architecture(("xlnet",), r"rel_attn\.[qkvr]", "ioo", "XLNetRelativeAttention"),
     Architecture(("xlnet",), r"rel_attn\.o", "oii", "XLNetRelativeAttention"),
+    Architecture(("mobilebert",), r"predictions\.dense\.weight", "io", "MobileBertLMPredictionHead"),
     Architecture(("sam*", "edgetam*"), r"upscale_conv[12]\.weight", "iobb", _TRANSPOSED_2D),
     Architecture(("beit", "data2vec-vision"), r"(fpn1\.[03]|fpn2\.0)\.weight", "iobb", _TRANSPOSED_2D),
     Architecture(

@@ -11,8 +11,8 @@ from nm_jax.checkpoint.knowledge.linear import PATCHES
 
 # Words of modules that are looked up, not contracted. A bias, or a word of a layer beside it, says otherwise.
 _TABLE_WORDS = (
-    "embs?|embds?|embeds?|embedded|embeddings?|embedder|codebooks?|codes|vocab|lookup|tables?|tokens?|queries|"
-    "positional|positions?|pos|pe|ape|rpe|rel|relative|relpos"
+    "embs?|embds?|embeds?|embedded|embeddings?|embedder|codebooks?|codes|codewords?|centroids?|vocab|"
+    "lookup|tables?|tokens?|queries|positional|positions?|pos|pe|ape|rpe|rel|relative|relpos"
 )
 _TABLE_NAMES = r"shared|w[tp]e|query_(embed|feat)\w*|(\w+_)?(tokens?|queries)"
 _ALWAYS_TABLES = (  # whatever is beside them
@@ -24,9 +24,13 @@ _LAYER_WORDS = (
 )
 _BRANCHES = {"mlp", "ffn"}  # an embedding of a branch is one
 _ROUTERS = r"(\w+_)?routers?|gate|gating|wg|switch|shared_expert_gate|moe_gate"
+_TOKENS = (  # tables whose rows are tokens
+    r"(\w*_)?(embed_tokens|(tok|token|word)s?_(embeddings?|embed|emb)|wte|emb_layers)|shared|embeddings?|embed|emb"
+)
 _HEADS = (
-    r"(\w*_)?(lm_?head|heads?|predictions|classifiers?|score|logits?|unembed|embed_out|seq_relationship|qa_outputs?|"
-    r"(class|bbox)_(embed|predictor)|class_labels_classifier|output_layer|cls_score|bbox_pred|classification_layer)"
+    r"(aux|(?![qkvor]_head)(\w*_)?)(lm_?head|heads?|predictions|classifiers?|score|logits?|unembed|embed_out|"
+    r"seq_relationship|qa_outputs?|(class|bbox)_(embed|predictor)|class_labels_classifier|output_layer|cls_score|"
+    r"bbox_pred|classification_layer)"
 )
 _IN_A_HEAD = (  # the last layer of a module that is called a head
     r"(\w+_)?(fc|out_?proj|proj(ection)?|proj_out|linear|out|decoder|classifier|logits|predictor|pred|output|layers)"
@@ -59,10 +63,10 @@ class Kept(NamedTuple):
 
 def kept(item: Item) -> Kept | None:
     """Why a tensor of two and more dimensions stays dense unless it is asked for; `None` if nothing speaks for that."""
-    for ask in (_reparametrised, _quantised, _norm, looked_up):
+    for ask in (_reparametrised, _quantised, _fixed, _norm, looked_up):
         if reason := ask(item):
             return Kept(reason)
-    for ask in (_router, _head):
+    for ask in (_router, _head, _unembedding):
         if reason := ask(item):
             return Kept(reason, layer=True)
     return None
@@ -101,6 +105,11 @@ def _quantised(item: Item) -> str:
     return ""
 
 
+def _fixed(item: Item) -> str:
+    """The expectation over bins that YOLO writes as a convolution with the weights 0, 1, 2, ..."""
+    return "its weights are numbers of bins, and not learned" if "dfl" in item.parts else ""
+
+
 def _norm(item: Item) -> str:
     named = re.fullmatch(r"(\w*_)?(layer|group|batch|rms)?_?norm\w*|ln(_\w+|\d*)", item.role.lower())
     parent = item.role in ("scale", "shift", "gamma", "beta") and any_word(item.path_words, ".*norm")
@@ -120,8 +129,9 @@ def _router(item: Item) -> str:
         return ""
     if not any(re.search("router", part) for part in last):  # a gate that has no experts multiplies
         block = item.name.removesuffix(f"{item.role}.{item.leaf}")
-        beside = (name for name in item.contents.shapes if name.startswith(block))
-        if not any_word(item.path_words, "moe") and not any("expert" in name for name in beside):
+        beside = [name for name in item.contents.shapes if name.startswith(block)]
+        stacked = any(len(s) == 3 and s[0] == item.shape[0] for s in map(item.contents.shapes.__getitem__, beside))
+        if not any_word(item.path_words, "moe") and not stacked and not any("expert" in name for name in beside):
             return ""
     return "a router chooses experts"
 
@@ -140,8 +150,19 @@ def _head(item: Item) -> str:
         return ""
     if inside and inside[-1] == "layers" and any("out" in part for part in _others(item, head)):
         return ""
+    if inside == ["dense"] and path[head] == "predictions" and item.bias is None:
+        return "an output head"  # part of MobileBERT's
     last = not inside or re.fullmatch(_IN_A_HEAD, inside[-1]) or re.fullmatch(_HEADS, path[-1])
     return "an output head" if last else ""
+
+
+def _unembedding(item: Item) -> str:
+    """Whether it gives a score to every row of a table of tokens."""
+    if item.leaf != "weight" or item.ndim != 2 or item.in_stack or item.shape[0] <= item.shape[1]:
+        return ""
+    alike = (other for other in item.contents.items.values() if other.shape == item.shape and not other.in_stack)
+    tables = (other for other in alike if re.fullmatch(_TOKENS, other.role.lower()) and looked_up(other))
+    return "an output head, as long as the table of tokens" if any(other is not item for other in tables) else ""
 
 
 def _others(item: Item, head: int) -> set[str]:

@@ -12,6 +12,7 @@ _WORDS = (
 )
 _BRANCHES = "mlps?|ffn|ff|feedforward|layers?|net"  # what holds linear layers
 _NAMES = r"w_?(q|k|v|o|i|qkv|pack|kv|q_a|q_b|up|down|gate)|w\d|wi_\d|to_\w+|up|down|gate|(\w+_)?(in|out)"
+_BESIDE_THE_TABLE = r"(^|\.)predictions\.dense$"
 _NEAR = 6  # numbers within which the next layer of a sequence is looked for: activations and norms have theirs
 MEANINGLESS = r"[abcxy]|l\d+"  # names of modules in no other
 _IN_ATTENTION = r"[qkvorg]|query|key|value"
@@ -37,6 +38,8 @@ def linear(item: Item) -> Axes | Doubt | None:
     others = {axes for role, axes in item.contents.axes_by_bias if not re.fullmatch(rf"{CONV1D}|\w*conv\w*", role)}
     if "io" in others and not item.contents.models:
         return Axes("oi", f"{item.role} beside layers whose biases say that they are (in, out)", either=True)
+    if item.bias is None and re.search(_BESIDE_THE_TABLE, item.module):
+        return Axes("oi", "MobileBERT takes this matrix as it is stored, other models its transpose", either=True)
     if item.bias is None and (doubt := _may_be_a_table(item)):
         return Doubt(doubt)
     if _is_named(item):
@@ -81,10 +84,9 @@ def _is_named(item: Item) -> bool:
     """Whether its name says that it is a linear layer."""
     if len(item.parts) == 2 and re.fullmatch(MEANINGLESS, item.role):
         return True
-    if re.fullmatch(_IN_ATTENTION, item.role):
-        return bool(item.contents.models) or any_word(
-            item.path_words, r"\w*attn|\w*attention|att|ffn?|feed|forward|self"
-        )
+    if re.fullmatch(_IN_ATTENTION, item.role):  # a `query` outside may be a table of queries
+        layer = bool(item.contents.models) and (item.in_stack or item.bias is not None)
+        return layer or any_word(item.path_words, r"\w*attn|\w*attention|att|ffn?|feed|forward|self")
     return bool(re.fullmatch(f"{_NAMES}|{PATCHES}", item.role.lower())) or any_word(item.words, f"{_WORDS}|{_BRANCHES}")
 
 
