@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from experiments.networks.layers import HE, conv, norm
+from experiments.networks.layers import HE, FrozenNorm, conv, norm
 
 
 class Block(nn.Module):
@@ -21,6 +21,7 @@ class Block(nn.Module):
       stride: of the 3 x 3 convolution, the first if there are two.
       groups: of the 3 x 3 convolution of a bottleneck.
       dtype: in which is computed.
+      frozen: what frozen batch norms add to the variance; `None`: they are trained.
     """
 
     width: int
@@ -28,12 +29,14 @@ class Block(nn.Module):
     stride: int
     groups: int
     dtype: Any
+    frozen: float | None = None
 
     @nn.compact
     def __call__(self, x, train):
         def layer(k, x, width, side, stride=1, name=None, **options):
             x = conv(width, side, stride, name or f"conv{k}", dtype=self.dtype, kernel_init=HE, **options)(x)
-            return norm(train, name.replace("conv", "bn") if name else f"bn{k}", self.dtype)(x)
+            after = name.replace("conv", "bn") if name else f"bn{k}"
+            return (norm(train, after, self.dtype) if self.frozen is None else FrozenNorm(self.frozen, name=after))(x)
 
         if self.inner:
             out = 4 * self.width
