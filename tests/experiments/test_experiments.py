@@ -21,7 +21,7 @@ def run(*arguments):
     return command.main([*map(str, arguments)])
 
 
-SLOW = ("bench/solvers", "bench/training", "bench/checkpoint", "recipes")
+SLOW = ("quickstart", "bench/solvers", "bench/training", "bench/checkpoint", "recipes")
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,12 @@ def test_an_experiment_of_the_recipe_runs(house):
     assert record["command"] == "python -m experiments bench/toy"
 
 
+@pytest.mark.slow
 def test_an_experiment_of_the_recipe_is_covered_by_the_test_of_all(house):
     assert "test_experiments_run[bench/toy]" in house.test("run and toy", "tests/experiments/test_experiments.py")
 
 
+@pytest.mark.slow
 def test_a_table_of_the_recipe_goes_into_the_documentation(house):
     python(house, "experiments", "bench/toy")
     page = house.folder / "README.md"

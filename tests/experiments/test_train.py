@@ -133,6 +133,7 @@ KILLED = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_where_it_would_have(tmp_path):
     """At a checkpoint whose writing has just begun, between two, and again on the second try."""
     whole = fit(task(), sparse_adam(), STEPS, folder=tmp_path / "whole", **OPTIONS)

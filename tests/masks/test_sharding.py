@@ -93,10 +93,9 @@ def test_the_report_of_sharded_leaves(kind):
     assert re.search(r"optimal to \de-0\d, proved", str(report))
 
 
+@pytest.mark.slow
 @KINDS
-@pytest.mark.parametrize(
-    "spec", [pytest.param("rows", marks=pytest.mark.slow), pytest.param("columns", marks=pytest.mark.slow), "both"]
-)
+@pytest.mark.parametrize("spec", ["rows", "columns", "both"])
 def test_a_training_step_moves_no_weights_to_refresh(kind, spec):
     """The whole update, refresh included, on gradients sharded as the parameters are."""
     params, the_mesh = make_params(), mesh(kind)
@@ -295,6 +294,7 @@ def test_a_sharded_model_is_converted_as_on_one_device(kind, images):
         assert ours.after == pytest.approx(theirs.after, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_arrays_with_explicit_axes_bring_their_mesh_along():
     """Nobody has to set a mesh: `jax.make_mesh` has explicit axes by default, and arrays know theirs."""
     the_mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:8])

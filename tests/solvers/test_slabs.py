@@ -34,7 +34,14 @@ def make(names, seed=0):
 @pytest.mark.parametrize("entries", [pytest.param(64, marks=pytest.mark.slow), 500, 1 << 21])
 @pytest.mark.parametrize(
     "names",
-    [tuple(LEAVES), ("tall",), ("small",), ("ragged",), ("tall", "small"), ("experts", "transposed")],
+    [
+        pytest.param(tuple(LEAVES), marks=pytest.mark.slow),
+        ("tall",),
+        ("small",),
+        ("ragged",),
+        ("tall", "small"),
+        ("experts", "transposed"),
+    ],
     ids=" and ".join,
 )
 def test_slabs_give_the_masks_of_each_matrix_alone(monkeypatch, entries, names):

@@ -32,7 +32,12 @@ def on_two_meshes(params):
 
 
 @pytest.mark.parametrize(
-    "rules", [[("kernel|w", "2:4-T", "io")], [("kernel|w", "US-0.5", "io")], [("kernel", "2:4-T"), ("w", None)]]
+    "rules",
+    [
+        [("kernel|w", "2:4-T", "io")],
+        pytest.param([("kernel|w", "US-0.5", "io")], marks=pytest.mark.slow),
+        pytest.param([("kernel", "2:4-T"), ("w", None)], marks=pytest.mark.slow),
+    ],
 )
 def test_training_on_two_meshes_is_training_on_one_device(rules):
     params = make_params()
