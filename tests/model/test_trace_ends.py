@@ -35,6 +35,11 @@ ENDS = {
     "a residual network": (lambda p, x: _residual(p, x @ p["a"]) @ p["d"], "abcd", [X], "a", "d"),
     "features beside logits": (lambda p, x: (h := x @ p["a"], h @ p["b"]), "ab", [X], "a", "b"),
     "used twice": (lambda p, x: x @ p["a"] @ p["b"] @ p["a"], "ab", [X], "a", "a"),
+    "a score that is looked up": (
+        lambda p, x, t: jnp.take_along_axis(jnp.tanh(x @ p["a"]) @ p["b"], t[:, None], axis=1),
+        *("ab", [X, shape(6, dtype=jnp.int32)], "a", "b"),
+    ),
+    "inputs that are chosen": (lambda p, x, t: x[t] @ p["a"] @ p["b"], "ab", [X, shape(6, dtype=jnp.int32)], "a", "b"),
     "layers in a scan": (lambda p, x: lax.scan(lambda h, _: (h @ p["a"] @ p["b"], 0), x, length=3)[0], *_AB),
 }
 

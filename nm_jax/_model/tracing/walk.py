@@ -173,7 +173,10 @@ class Walk:
         return view._replace(changed=f"its sum with {others or 'something else'}")
 
     def _looked_up(self, eqn: Equation, operands: list[Value]) -> Value:
-        """What an index that depends on data looks up in a parameter: data, unless it turns out to be a weight."""
+        """What an index chooses: data of the same origin, or what was looked up in a parameter, which is data too
+        unless it turns out to be a weight."""
+        if operands[0].data:
+            return self._merged(eqn, operands[:1])
         views = []
         for view in operands[0].views:
             self._use(view.leaf, "gather", order=next(self._orders))
