@@ -20,7 +20,7 @@ class Folder:
 
     Args:
       path: the folder of the class folders.
-      broken: what an image that cannot be read does: `"refuse"` raises, `"skip"` warns and leaves it out.
+      broken: what an image that cannot be read does: `"refuse"` raises, `"skip"` warns once and leaves it out.
 
     Raises:
       DataError: there is no folder, no class folder, or a class folder without images.
@@ -32,6 +32,7 @@ class Folder:
         if not path.is_dir():
             raise DataError(f"{path}: there is no such folder")
         self.path, self.broken = path, broken
+        self._said: dict[int, object] = {}  # of which images a warning was given, and by which read
         self.classes = sorted(child.name for child in path.iterdir() if child.is_dir() and child.name[0] != ".")
         if not self.classes:
             raise DataError(f"{path}: it is empty, or has no folder for each class; is it the right folder?")
@@ -68,7 +69,9 @@ class Folder:
             reason = f"{file}: this image cannot be read ({error})".replace("\n", " ")
             if self.broken == "refuse":
                 raise DataError(f"{reason}; repair or delete it, or read the folder with broken='skip'") from error
-            warnings.warn(f"{reason}; skipped", stacklevel=2)
+            mine = object()
+            if self._said.setdefault(number, mine) is mine:  # the threads that read ahead come here again and again
+                warnings.warn(f"{reason}; skipped", stacklevel=2)
             return None
 
 
