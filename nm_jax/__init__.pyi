@@ -30,6 +30,7 @@ from ._training.state import RefreshStats as RefreshStats
 from ._training.state import SparseTrainingState as SparseTrainingState
 from ._training.reading import dense_params as dense_params
 from ._training.reading import masks as masks
+from ._training.reading import pack_params as pack_params
 from ._training.reading import refresh_stats as refresh_stats
 from ._training.reading import sparse_params as sparse_params
 from ._training.reading import with_params as with_params
@@ -78,6 +79,7 @@ from ._reconstruct._batch_norm import tune_batch_norm as tune_batch_norm
 # Products with 2:4 weights on sparse tensor cores.
 from . import matmul as matmul
 from .matmul import PackedWeight as PackedWeight
+from .matmul import attach as attach
 from .matmul import conv_general_dilated as conv_general_dilated
 from .matmul import dot_general as dot_general
 from .matmul import einsum as einsum

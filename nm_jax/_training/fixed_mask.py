@@ -30,7 +30,9 @@ def fixed_mask(
         masks, stats = refresh.start(sparse.leaves, sparse.take(params))
         inner_state = inner.init(params)
         refuse_line_searches(inner_state)
-        return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), None, stats, inner_state)
+        where = refresh.positions(sparse.leaves, masks)
+        positions = None if where is None else sparse.only(where)
+        return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), None, stats, inner_state, positions)
 
     def update(updates, state, params=None, **extra_args):
         check_call(state, params)
@@ -54,8 +56,9 @@ def fixed_mask(
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
         masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
+        where = refresh.next_positions(step, sparse.leaves, masks, state.packed)
         kept = [jnp.where(mask, change, -w) for mask, change, w in zip(masks, steps, weights, strict=True)]
-        return sparse.put(changes, kept), SparseTrainingState(step, sparse.only(masks), None, stats, inner_state)
+        return sparse.put(changes, kept), SparseTrainingState(step, sparse.only(masks), None, stats, inner_state, where)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from nm_jax._core.sharding import by_mesh
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._training.state import RefreshStats
+from nm_jax.matmul import PackedWeight
+from nm_jax.matmul._parameter import positions
 from nm_jax.solvers import Proof, Solver
 from nm_jax.solvers.base import blank
 
@@ -31,6 +34,7 @@ class Refresh:
       end_step: no refresh after this many updates.
       solver: solver for every leaf; `None` takes the default for each pattern.
       scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
+      packed: whether positions of what masks keep are found with them.
     """
 
     every: int | None
@@ -38,6 +42,7 @@ class Refresh:
     end_step: int | None
     solver: Solver | None
     scores: Scores | None
+    packed: bool
 
     def start(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, RefreshStats]:
         """The first masks, compiled as one; all True where there are dense updates before.
@@ -91,6 +96,35 @@ class Refresh:
         _, masks, stats = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats))
         return masks, stats
 
+    def positions(self, leaves: Sequence[SparseLeaf], masks: Masks) -> list[PackedWeight | None] | None:
+        """What `nm.pack_params` needs of the masks: `None` for a leaf that is not packed.
+
+        Raises:
+          ValueError: if none is.
+        """
+        if not self.packed:
+            return None
+        found = [_positions(leaf, mask) for leaf, mask in zip(leaves, masks, strict=True)]
+        if leaves and all(where is None for where in found):
+            raise ValueError(
+                "packed=True, and no leaf can be packed: that takes a 2:4 pattern, sizes that 4 divides, and "
+                "dimensions of a batch before the others; use packed=False"
+            )
+        return found
+
+    def next_positions(self, step: Int[Array, ""], leaves: Sequence[SparseLeaf], masks: Masks, old: Any) -> Any:
+        """The positions after update number `step`, in the containers of the old ones; others where masks are new."""
+        due = self._due(step)
+        if due is None or old is None:
+            return old
+        arrays, treedef = jax.tree.flatten(old)
+
+        def find(carry):
+            del carry
+            return jnp.zeros((), bool), jax.tree.leaves(self.positions(leaves, masks))
+
+        return treedef.unflatten(jax.lax.while_loop(lambda carry: carry[0], find, (due, arrays))[1])
+
     def _due(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether masks are found after this update; `None` when they never are."""
         if self.every is None:
@@ -106,6 +140,13 @@ class Refresh:
         else:
             solved = solve_leaves(leaves, [self.scores(weight) for weight in dense], self.solver, None, beside)
         return [s.mask for s in solved], solved
+
+
+def _positions(leaf: SparseLeaf, mask: Bool[Array, "..."]) -> PackedWeight | None:
+    groups, across = leaf.pattern.contraction_groups, leaf.pattern.output_groups
+    if groups is None or not groups.two_of_four:
+        return None
+    return positions(mask, leaf.axes, across is not None and across.two_of_four)
 
 
 def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | None) -> RefreshStats:

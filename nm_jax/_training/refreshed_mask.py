@@ -74,7 +74,11 @@ def refreshed_mask(
         masks, stats = refresh.start(sparse.leaves, dense)
         inner_state = inner.init(sparse.put(params, dense))
         refuse_line_searches(inner_state)
-        return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state)
+        where = refresh.positions(sparse.leaves, masks)
+        positions = None if where is None else sparse.only(where)
+        return SparseTrainingState(
+            jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state, positions
+        )
 
     def update(updates, state, params=None, **extra_args):
         check_call(state, params)
@@ -94,9 +98,10 @@ def refreshed_mask(
         moved = [w.moved(change, decay) for w, change in zip(weights, sparse.take(changes), strict=True)]
         stats = state.stats._replace(drift=drift)
         masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
+        where = refresh.next_positions(step, sparse.leaves, masks, state.packed)
         kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(
-            step, sparse.only(masks), sparse.only(moved), stats, inner_state
+            step, sparse.only(masks), sparse.only(moved), stats, inner_state, where
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

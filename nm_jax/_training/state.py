@@ -50,6 +50,8 @@ class SparseTrainingState(NamedTuple):
         anyway. `None` when the mask is fixed.
       stats: what the last refresh did.
       inner: state of the inner transformation, made for the dense weights.
+      packed: with `packed=True`, tree like the parameters: the positions of what masks keep, as a `PackedWeight`
+        without values; `None` or `optax.MaskedNode` where a leaf is not packed.
 
     Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
@@ -64,6 +66,7 @@ class SparseTrainingState(NamedTuple):
     dense: PyTree | None
     stats: RefreshStats
     inner: Any
+    packed: Any = None
 
     # `optax.contrib.schedule_free_eval_params(opt_state, params)` reads these two of a schedule-free optimiser inside:
     # (y - (1 - b1) z) / b1 is sparse when both y and z are.

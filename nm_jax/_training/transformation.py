@@ -24,6 +24,7 @@ def sparse_training(
     begin_step: int = 0,
     end_step: int | None = None,
     partial: str = "skip",
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains N:M sparse parameters with any optimiser: straight-through, with masks refreshed from the dense weights.
 
@@ -62,6 +63,9 @@ def sparse_training(
       begin_step: number of dense updates before the first mask.
       end_step: no refresh after this many updates; the last masks stay.
       partial: leaves whose sizes m does not divide: `"skip"` (they stay dense), `"pad"` or `"error"`.
+      packed: keep the positions of what 2:4 masks keep, as sparse tensor cores read them, found anew when masks are:
+        1/8 byte per weight and product (1/4 with a transposable mask). `nm.pack_params` packs the weights with them,
+        once per step and not in every product.
 
     Returns:
       A transformation whose `update` needs `params`. State: the inner state, 4 bytes (dense copy, float32) and 1 byte
@@ -114,11 +118,13 @@ def sparse_training(
         raise ValueError(f"refresh_every must be at least 1, or None for a fixed mask, got {refresh_every}")
     if begin_step < 0 or (end_step is not None and end_step < begin_step):
         raise ValueError(f"steps need 0 <= begin_step <= end_step, got {begin_step} and {end_step}")
+    if packed and begin_step:
+        raise ValueError(f"packed weights need masks from the start, got begin_step={begin_step}; use packed=False")
     decay = as_decay(decay)
     inner = optax.with_extra_args_support(inner)
     if scale_steps:
         inner = at_density(inner, rules, partial, begin_step)
-    refresh = Refresh(refresh_every, begin_step, end_step, solver, scores)
+    refresh = Refresh(refresh_every, begin_step, end_step, solver, scores, packed)
     if refresh_every is None:
         return fixed_mask(inner, rules, partial, refresh)
     return refreshed_mask(inner, rules, partial, refresh, decay)

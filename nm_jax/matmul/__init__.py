@@ -10,6 +10,9 @@ from nm_jax.matmul._packing import PackedWeight as PackedWeight
 from nm_jax.matmul._packing import pack as pack
 from nm_jax.matmul._packing import repack as repack
 from nm_jax.matmul._packing import unpack as unpack
+from nm_jax.matmul._parameter import PackedParameter as PackedParameter
+from nm_jax.matmul._parameter import attach as attach
+from nm_jax.matmul._parameter import promote_dtype as promote_dtype
 from nm_jax.matmul._profile import Measurement as Measurement
 from nm_jax.matmul._profile import load_profile as load_profile
 from nm_jax.matmul._profile import profile_path as profile_path

@@ -14,12 +14,13 @@ from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._choice import choose
 from nm_jax.matmul._compress import SparseMatrix, compress
 from nm_jax.matmul._packing import PackedWeight, gradient_of, nan_unless, pack, to_matrix
+from nm_jax.matmul._parameter import PackedParameter
 from nm_jax.matmul.base import Implementation, Product, is_multiplied, sum_dtype
 
 
 def nm_matmul(
     x: Float[Array, "*batch in"],
-    w: Float[Array, "in out"] | PackedWeight,
+    w: Float[Array, "in out"] | PackedWeight | PackedParameter,
     pattern: str | Pattern = "2:4-T",
     *,
     implementation: str | Implementation | None = None,
@@ -43,7 +44,7 @@ def nm_matmul(
       x: any leading dimensions. Operands are promoted to one dtype; bfloat16 and float16 are accumulated in float32.
       w: weight with exact zeros where it is pruned, or a packed one. A weight that has no 2:4 pattern is an error when
         it is concrete; while tracing, sparse kernels use the two largest of each group, and a dense product uses it
-        as it is.
+        as it is. Of a `PackedParameter` products read the packed sides, and its weight gets the gradient.
       pattern: `"2:4"`, `"2:4-T"`, or another whose masks are 2:4 masks too (1:4, 1:2, 2:4-S). Of a packed weight the
         input gradient runs sparse if it was packed for that.
       implementation: `None`, `"hopper"`, `"ampere"`, `"reference"` or an `Implementation`. A named one runs, for both
@@ -83,11 +84,14 @@ def nm_matmul(
       [3. 3. 3. 3.]
     """
     both = sparse_sides(pattern)
-    if isinstance(w, PackedWeight):
+    packed = isinstance(w, PackedWeight | PackedParameter)
+    if packed:
         both = w.backward is not None
     dtype = _check(x, w, both)
-    k, rows = w.matrix_shape if isinstance(w, PackedWeight) else w.shape
-    product = Product(np.dtype(dtype), math.prod(x.shape[:-1]), rows, k, isinstance(w, PackedWeight))
+    k, rows = w.matrix_shape if packed else w.shape
+    product = Product(np.dtype(dtype), math.prod(x.shape[:-1]), rows, k, packed)
+    if isinstance(w, PackedParameter):
+        w = w.as_matrix()
     sides = choose_sides(product, both, implementation, device)
     return multiply(x.astype(dtype), w.astype(dtype), sides, precision)
 
@@ -128,7 +132,10 @@ def choose_sides(
 
 
 def multiply(
-    x: Float[Array, "*batch in"], w: Array | PackedWeight, sides: Sides, precision: jax.lax.PrecisionLike
+    x: Float[Array, "*batch in"],
+    w: Array | PackedWeight | PackedParameter,
+    sides: Sides,
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "*batch out"]:
     """X W by the chosen implementations, for operands of one dtype."""
     if sides.dense:
@@ -143,6 +150,10 @@ def _check(x, w, both: bool):
         if w.forward is None:
             raise ValueError("the weight was packed with orientation='backward'; the product needs 'both' or 'forward'")
         size, values = w.matrix_shape[0], w.forward.values
+    elif isinstance(w, PackedParameter):
+        if w.ndim != len(w.axes):
+            raise ValueError(f"w is a batch of packed weights, of shape {w.shape}; map over it with jax.vmap")
+        size, values = w.matrix_shape[0], w.weight
     elif w.ndim != 2:
         raise ValueError(f"w must be a matrix (in, out) or packed, got shape {w.shape}; reshape it, or use dot_general")
     else:
@@ -166,7 +177,7 @@ def _check(x, w, both: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(
-    x: Float[Array, "tokens k"], w: Array | PackedWeight, sides: Sides, precision, transposed: bool
+    x: Float[Array, "tokens k"], w: Array | PackedWeight | PackedParameter, sides: Sides, precision, transposed: bool
 ) -> Float[Array, "tokens rows"]:
     """X W, or X W^T. Each is the input gradient of the other, which makes derivatives of any order right."""
     implementation = sides.backward if transposed else sides.forward
@@ -177,6 +188,9 @@ def _product(
         assert side is not None  # or no implementation would have been chosen for this side
         y = sparse_product(implementation, side.matrix, x)
         return nan_unless(side.intact, y)
+    if isinstance(w, PackedParameter):
+        y = sparse_product(implementation, w.backward if transposed else w.forward, x)
+        return y if w.intact is None else nan_unless(w.intact, y)
     left = w if transposed else w.T
     a, _ = compress(left, nonzero(left))
     return sparse_product(implementation, a, x)
@@ -193,13 +207,17 @@ def _product_backward(sides, precision, transposed, residuals, gradient):
     to_w = _dot(left, right, 0, 0, precision)
     if isinstance(w, PackedWeight):
         to_w = gradient_of(w, to_w)
+    elif isinstance(w, PackedParameter):
+        to_w = PackedParameter(to_w, None, None, None, w.axes)
     return to_x, to_w
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _dense(w: Array | PackedWeight) -> Float[Array, "in out"]:
+def _dense(w: Array | PackedWeight | PackedParameter) -> Float[Array, "in out"]:
+    if isinstance(w, PackedParameter):
+        return w.weight
     return to_matrix(w) if isinstance(w, PackedWeight) else w
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from nm_jax._core.patterns import Pattern, parse_pattern
 from nm_jax.matmul._api import Sides, choose_sides, multiply, sparse_sides
 from nm_jax.matmul._choice import default_device, is_gpu, warn_once
+from nm_jax.matmul._parameter import PackedParameter
 from nm_jax.matmul.base import Implementation, Product, is_multiplied
 
 
@@ -30,6 +31,8 @@ def dot_general(
     Products and gradients are those of `nm_matmul`, with its choice of implementation; the weight is never checked, as
     layers are initialised with dense weights. Groups of four run over the contracted dimensions of the weight,
     flattened in its own order, as in the rules of `sparse_training`. Batch dimensions (of experts) become a `vmap`.
+    Of a `nm.matmul.PackedParameter` (`nm.pack_params`) nothing is packed in the call; Flax's layers hand it on with
+    `promote_dtype=nm.matmul.promote_dtype`, and with their own give the weight alone, which is then packed here.
 
     These products stay dense: of sizes that are no multiple of four, which `sparse_training` skips too; with an
     `out_sharding`, or a `preferred_element_type` that is not the operands' dtype, which kernels do not know; of
@@ -139,7 +142,8 @@ class _Layer:
 
     def sides(self, what: str, lhs, rhs, tokens: int, k: int, rows: int, kwargs) -> Sides:
         """What runs the products of X (tokens, k) and W (k, rows); all dense if something speaks against sparse."""
-        both = sparse_sides(self.pattern)
+        packed = isinstance(rhs, PackedParameter)
+        both = rhs.backward is not None if packed else sparse_sides(self.pattern)
         preferred = kwargs.get("preferred_element_type")
         why = None
         if k % 4 or (both and rows % 4):
@@ -153,7 +157,7 @@ class _Layer:
         if why:
             self.report(what, why)
             return Sides(None, None)
-        return choose_sides(Product(rhs.dtype, tokens, rows, k), both, self.implementation, self.device)
+        return choose_sides(Product(rhs.dtype, tokens, rows, k, packed), both, self.implementation, self.device)
 
     def report(self, what: str, why: str) -> None:
         """Say once that a product is dense, unless all are on this device."""
@@ -169,15 +173,22 @@ class _DotGeneral(_Layer):
         free_rhs = _others(rhs.ndim, over_rhs, batch_rhs)
         # Groups run in the order of the weight's dimensions, whatever the order they are named in.
         pairs = sorted(zip(over_rhs, over_lhs, strict=True))
+        packed = isinstance(rhs, PackedParameter)
+        if packed and not _packed_for(rhs, [right for right, _ in pairs], batch_rhs):
+            self.report(f"the packing of a weight of shape {rhs.shape}", "the product contracts other dimensions")
+            rhs, packed = rhs.weight, False
         x = _Flat(lhs, (batch_lhs, free_lhs, [left for _, left in pairs]))
         w = _Flat(rhs, (batch_rhs, [right for right, _ in pairs], free_rhs))
         kwargs = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
         what = f"a product with a weight of shape {rhs.shape}"
         sides = self.sides(what, lhs, rhs, x.sizes[1], x.sizes[2], w.sizes[2], kwargs)
         if sides.dense:
-            return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **_given(kwargs))
+            return jax.lax.dot_general(lhs, _array(rhs), dimension_numbers, precision, **_given(kwargs))
         product = functools.partial(multiply, sides=sides, precision=precision)
-        y = jax.vmap(product)(x.array(), w.array()) if batch_lhs else product(x.array()[0], w.array()[0])
+        if packed:
+            y = _of_packed(product, x.array(), rhs.as_matrix())
+        else:
+            y = jax.vmap(product)(x.array(), w.array()) if batch_lhs else product(x.array()[0], w.array()[0])
         return y.reshape([*x.shape(0), *x.shape(1), *w.shape(2)])
 
 
@@ -212,7 +223,7 @@ class _Einsum(_Layer):
         plain = out_sharding is not None or not distinct or sorted(order) != sorted(result) or x.dtype != w.dtype
         if plain:
             self.report(f"the einsum {subscripts!r}", "it is no plain product of two operands")
-            return jnp.einsum(subscripts, x, w, **_given({**kwargs, "out_sharding": out_sharding}))
+            return jnp.einsum(subscripts, x, _array(w), **_given({**kwargs, "out_sharding": out_sharding}))
 
         def dims(letters):
             return tuple(left.index(a) for a in letters), tuple(right.index(a) for a in letters)
@@ -239,6 +250,7 @@ class _Convolution(_Layer):
         **kwargs,
     ):
         kwargs["preferred_element_type"] = preferred_element_type
+        rhs = _array(rhs)
         dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         what = f"a convolution with a kernel of shape {rhs.shape}"
         out, channels, *window = (rhs.shape[dim] for dim in dims.rhs_spec)
@@ -268,6 +280,26 @@ class _Convolution(_Layer):
         y = multiply(x, w, sides, precision)
         order = (dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])
         return jnp.transpose(y, [order.index(dim) for dim in range(y.ndim)])
+
+
+def _array(w: Array | PackedParameter) -> Array:
+    return w.weight if isinstance(w, PackedParameter) else w
+
+
+def _packed_for(w: PackedParameter, over: Sequence[int], batch: Sequence[int]) -> bool:
+    """Whether a weight was packed for a product over these of its dimensions."""
+    before = w.ndim - len(w.axes)
+    contracted = [before + dim for dim, letter in enumerate(w.axes) if letter == "i"]
+    return list(over) == contracted and list(batch) == list(range(before))
+
+
+def _of_packed(product: Callable, x: Array, w: PackedParameter) -> Array:
+    """The products of x (batch, tokens, k) and the weights of as many matrices."""
+    before = w.ndim - 2
+    if not before:
+        return product(x[0], w)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[before:]), w)
+    return jax.vmap(product)(x, flat)
 
 
 def _channels_last(array: Array, spec: Sequence[int]) -> Array:

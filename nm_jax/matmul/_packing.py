@@ -70,6 +70,8 @@ class PackedSide:
 
     @property
     def _pairs(self):
+        if self.metadata.dtype == jnp.uint16:  # of positions alone, which nothing differentiates
+            return decode(self.metadata)
         if self.metadata.dtype not in (jnp.float32, jnp.float64):
             raise ValueError(
                 f"the metadata of a packed weight was cast to {self.metadata.dtype}, which cannot hold its positions; "
