@@ -154,7 +154,7 @@ def pack_params(opt_state: Any, params: PyTree[Array], dtype: jax.typing.DTypeLi
     found = [state.packed for state in states(opt_state)]
     if all(where is None for where in found):
         raise ValueError("the state holds no positions to pack at; use sparse_training(..., packed=True)")
-    entries = {}
+    entries: dict[str, PackedWeight] = {}
     for where in found:
         by = by_path(where, lambda node: isinstance(node, PackedWeight) or empty(node))
         entries |= {path: entry for path, entry in by.items() if not empty(entry)}

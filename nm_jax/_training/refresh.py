@@ -117,13 +117,13 @@ class Refresh:
         due = self._due(step)
         if due is None or old is None:
             return old
-        arrays, treedef = jax.tree.flatten(old)
 
         def find(carry):
             del carry
             return jnp.zeros((), bool), jax.tree.leaves(self.positions(leaves, masks))
 
-        return treedef.unflatten(jax.lax.while_loop(lambda carry: carry[0], find, (due, arrays))[1])
+        _, found = jax.lax.while_loop(lambda carry: carry[0], find, (due, jax.tree.leaves(old)))
+        return jax.tree.unflatten(jax.tree.structure(old), found)
 
     def _due(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether masks are found after this update; `None` when they never are."""

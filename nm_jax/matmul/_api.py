@@ -84,11 +84,11 @@ def nm_matmul(
       [3. 3. 3. 3.]
     """
     both = sparse_sides(pattern)
-    packed = isinstance(w, PackedWeight | PackedParameter)
-    if packed:
+    if isinstance(w, PackedWeight | PackedParameter):
         both = w.backward is not None
     dtype = _check(x, w, both)
-    k, rows = w.matrix_shape if packed else w.shape
+    packed = isinstance(w, PackedWeight | PackedParameter)
+    k, rows = w.matrix_shape if isinstance(w, PackedWeight | PackedParameter) else w.shape
     product = Product(np.dtype(dtype), math.prod(x.shape[:-1]), rows, k, packed)
     if isinstance(w, PackedParameter):
         w = w.as_matrix()
