@@ -178,7 +178,7 @@ class _DotGeneral(_Layer):
             self.report(f"the packing of a weight of shape {rhs.shape}", "the product contracts other dimensions")
             rhs, packed = rhs.weight, False
         x = _Flat(lhs, (batch_lhs, free_lhs, [left for _, left in pairs]))
-        w = _Flat(rhs, (batch_rhs, [right for right, _ in pairs], free_rhs))
+        w = _Flat(_array(rhs), (batch_rhs, [right for right, _ in pairs], free_rhs))
         kwargs = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
         what = f"a product with a weight of shape {rhs.shape}"
         sides = self.sides(what, lhs, rhs, x.sizes[1], x.sizes[2], w.sizes[2], kwargs)
