@@ -14,6 +14,7 @@ from nm_jax.matmul._profile import load_profile, profile_path
 from nm_jax.matmul.base import Implementation, Product
 from nm_jax.matmul.menu import IMPLEMENTATIONS
 
+_HALVES = ("bfloat16", "float16")  # tensor cores multiply both at one rate
 MEASURE = "run python -m experiments bench/matmul"
 
 
@@ -90,6 +91,13 @@ def _expected_gain(kernel: Implementation, product: Product, device: jax.Device)
     if not current:
         return 0.0, f"this version of it was not measured; {MEASURE}"
     near = [m for m in current if m.dtype == product.dtype.name]
+    if not near and product.dtype.name in _HALVES:
+        near = [m for m in current if m.dtype in _HALVES]
+        if near:
+            warn_once(
+                f"the sparse kernel {kernel.name!r} was not measured in {product.dtype.name}, and is taken to run as "
+                f"it was measured in {near[0].dtype}; {MEASURE}"
+            )
     if not near:
         return 0.0, f"it was not measured in {product.dtype.name}; {MEASURE}"
     best = min(near, key=lambda m: (m.distance(product), m.expected_gain(product)))

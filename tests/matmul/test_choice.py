@@ -82,7 +82,6 @@ CHOICES = [
     ((2048, 2048, 2048), True, "bfloat16", "expected to run at 0.67 times the dense speed"),
     ((8192, 14336, 4096), False, "bfloat16", None),
     ((40, 8192, 8192), True, "bfloat16", "hopper: tiles of .* fit .* badly"),
-    ((8192, 8192, 8192), False, "float16", "hopper: it was not measured in float16; run "),
     ((8192, 8192, 8192), False, "float32", "hopper: the dtype is float32"),
 ]
 
@@ -132,7 +131,18 @@ def test_a_kernel_is_chosen_where_it_is_expected_to_pay(machine):
     assert ask(tokens=16 * 4096).name == "fast"
     with pytest.warns(UserWarning, match="measured at 4096 x 1024 x 2048, it is expected to run at 0.80 times"):
         assert ask(tokens=2048) is None
-    with pytest.warns(UserWarning, match="it was not measured in float16"):
+    with pytest.warns(UserWarning, match="it was not measured in float32"):
+        assert ask(dtype=jnp.float32) is None
+
+
+def test_float16_is_taken_to_run_as_bfloat16_does_and_that_is_said_unless_it_was_measured(machine):
+    measure()
+    with pytest.warns(UserWarning, match="not measured in float16, and is taken to run as it was measured in bfloat16"):
+        assert ask(dtype=jnp.float16).name == "fast"
+    with warnings.catch_warnings(action="error"):  # said once
+        assert ask(dtype=jnp.float16).name == "fast"
+    save_profile([MEASURED, dataclasses.replace(MEASURED, dtype="float16", sparse=1.5)])
+    with pytest.warns(UserWarning, match="expected to run at 0.59 times"):
         assert ask(dtype=jnp.float16) is None
 
 
