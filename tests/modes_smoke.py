@@ -257,6 +257,24 @@ def products():
     close(product, jax.lax.conv_general_dilated(images, sparse, **sizes), 1e-3)
 
 
+def packing_once():
+    params, x = {"w": draw(16, 16)}, draw(8, 16, seed=1)
+    tx = nm.sparse_training(optax.sgd(0.1), [("w", "2:4-T", "io")], refresh_every=1, packed=True)
+    state = tx.init(params)
+    params = nm.sparse_params(state, params)
+    for _ in range(2):
+        packed = nm.pack_params(state, params)
+
+        def loss(params, packed=packed):
+            return jnp.sum(nm.nm_matmul(x, nm.attach(params, packed)["w"], implementation="reference"))
+
+        close(loss(params), np.sum(np.asarray(x) @ np.asarray(params["w"])), 1e-3)
+        gradients = jax.jit(jax.grad(loss))(params)
+        close(gradients["w"], np.repeat(np.asarray(x).sum(0)[:, None], 16, axis=1))
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -297,6 +315,7 @@ SECTIONS = [
     permutation,
     batch_norm,
     products,
+    packing_once,
     checkpoints,
 ]
 
