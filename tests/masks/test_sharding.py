@@ -82,6 +82,7 @@ def test_masks_are_those_of_one_device_and_nothing_moves(kind, spec):
         assert where.is_equivalent_to(sharded["a"]["kernel"].sharding, 2)
 
 
+@pytest.mark.slow
 @KINDS
 def test_the_report_of_sharded_leaves(kind):
     params, the_mesh = make_params(), mesh(kind)

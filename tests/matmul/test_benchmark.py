@@ -20,6 +20,7 @@ from nm_jax.matmul import _mosaic, ampere
 from tests.matmul.cases import gpu
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_all_that_a_gpu_would_do(tmp_path, monkeypatch):
     monkeypatch.setenv("NM_JAX_PROFILE", str(tmp_path / "untouched.json"))
     assert harness.main(find("bench/matmul"), bench.EXPERIMENT, ["--dry", "--seed", "1", "--out", str(tmp_path)]) == 0

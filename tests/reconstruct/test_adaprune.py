@@ -40,7 +40,7 @@ def inputs_of(params, path, x):
 RULES = [("layer[01]/kernel", "2:4-T")]
 
 
-@pytest.mark.parametrize("order", ["parallel", "sequential"])
+@pytest.mark.parametrize("order", [pytest.param("parallel", marks=pytest.mark.slow), "sequential"])
 def test_a_model_is_pruned_layer_by_layer(order):
     params, x = network()
     masks = nm.compute_masks(params, RULES)

@@ -18,9 +18,11 @@ from tests.helpers import SCORES, best_by_enumeration, reference_blocks
 
 WHOLE = ["2:4-T", "4:8-T", "8:16-T", pytest.param("16:32-T", marks=pytest.mark.slow)]
 # Each pattern compiles for seconds; these say little that the others do not.
-MORE = [
+SLOW = [
     pytest.param(p, marks=pytest.mark.slow)
     for p in (
+        "8:16-T",
+        "16:32-T",
         "1:2-T",
         "2:5-T",
         "5:12-T",
@@ -120,7 +122,7 @@ def check_optimal(scores, pattern, against=10, solver=SOLVERS[0]):
 
 
 @MODES
-@pytest.mark.parametrize("pattern", WHOLE + MORE)
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", *SLOW])
 def test_optimum_of_every_kind_of_scores(pattern, suffix):
     rng = np.random.default_rng(10)
     m = parse_pattern(pattern).m
@@ -417,7 +419,12 @@ def test_tile_axes_do_not_matter(solver):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "solver"), [("2:4-T", MeetInTheMiddle()), ("2:4-T", Exact()), ("3:5-T-at-most", Exact())]
+    ("pattern", "solver"),
+    [
+        ("2:4-T", MeetInTheMiddle()),
+        ("2:4-T", Exact()),
+        pytest.param("3:5-T-at-most", Exact(), marks=pytest.mark.slow),
+    ],
 )
 def test_jit_vmap_and_plain_agree(pattern, solver):
     pattern = parse_pattern(pattern)
@@ -440,7 +447,7 @@ def test_inside_cond():
     np.testing.assert_array_equal(refresh(True, scores, kept), solve(scores, "2:4-T", Exact()))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16])
 def test_short_floats_are_solved_as_they_are(dtype):
     scores = jax.random.normal(jax.random.key(20), (4, 4, 100)).astype(dtype)
     for solver in SOLVERS:

@@ -31,12 +31,13 @@ def on_two_meshes(params):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rules",
     [
         [("kernel|w", "2:4-T", "io")],
-        pytest.param([("kernel|w", "US-0.5", "io")], marks=pytest.mark.slow),
-        pytest.param([("kernel", "2:4-T"), ("w", None)], marks=pytest.mark.slow),
+        [("kernel|w", "US-0.5", "io")],
+        [("kernel", "2:4-T"), ("w", None)],
     ],
 )
 def test_training_on_two_meshes_is_training_on_one_device(rules):
