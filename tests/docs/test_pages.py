@@ -34,7 +34,10 @@ def run_command(line):
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.name == "training.md")) for page in PAGES],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.name in ("training.md", "without-training.md")))
+        for page in PAGES
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_code_blocks_run(page, tmp_path, monkeypatch):

@@ -36,7 +36,10 @@ def golden_blocks(n, m, count=40):
     return np.concatenate(kinds).astype(np.float32)
 
 
-CASES = [(1, 2), (1, 4), (2, 4), (3, 4), (2, 6), (4, 8), (2, 8), (6, 8)]
+CASES = [
+    *[(1, 2), (1, 4), (2, 4), (3, 4), (4, 8)],
+    *[pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((2, 6), (2, 8), (6, 8))],
+]
 
 
 @pytest.mark.parametrize("at_most", [False, True], ids=["exactly", "at_most"])
