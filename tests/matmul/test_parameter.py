@@ -14,9 +14,9 @@ from flax import nnx
 
 import nm_jax as nm
 from nm_jax.matmul import PackedParameter, promote_dtype
-from nm_jax.matmul._packing_cost import packing
 from tests.matmul.cases import transposable
 from tests.matmul.implementations import REFERENCE
+from tests.matmul.packing_cost import packing
 
 DOT = nm.dot_general("2:4-T", implementation=REFERENCE)
 RULES = [("head", None), ("kernel", "2:4-T")]
