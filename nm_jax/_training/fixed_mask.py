@@ -55,8 +55,7 @@ def fixed_mask(
         ]
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
-        masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
-        where = refresh.next_positions(step, sparse.leaves, masks, state.packed)
+        masks, stats, where = refresh(step, sparse.leaves, moved, masks, stats, state.packed, jax.tree.leaves(params))
         kept = [jnp.where(mask, change, -w) for mask, change, w in zip(masks, steps, weights, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(step, sparse.only(masks), None, stats, inner_state, where)
 

@@ -75,26 +75,30 @@ class Refresh:
         dense: Weights,
         masks: Masks,
         stats: RefreshStats,
+        positions: Any,
         beside: Sequence[Array],
-    ) -> tuple[Masks, RefreshStats]:
-        """The masks and their statistics after update number `step`: new ones when they are due. `beside`: the other
-        arrays of the program.
+    ) -> tuple[Masks, RefreshStats, Any]:
+        """The masks, their statistics and positions after update number `step`: new ones when they are due. `beside`:
+        the other arrays of the program.
 
         A loop of no turn or one: unlike the branches of `lax.cond`, it leaves masks that stay where they are (XLA would
         copy them, twice, on every step). Nothing in it has a gradient; an update as a whole still does.
         """
         due = self._due(step)
         if due is None or not leaves:
-            return masks, stats
+            return masks, stats, positions
         frozen, stats = jax.lax.stop_gradient((dense, stats))
+        entries, containers = jax.tree.flatten(positions)
 
         def find(carry):
-            _, old, _ = carry
+            _, old, _, _ = carry
             found, solved = self._find(leaves, frozen, beside)
-            return jnp.zeros((), bool), found, _stats(old, found, frozen, solved)._replace(drift=stats.drift)
+            new = _stats(old, found, frozen, solved)._replace(drift=stats.drift)
+            where = None if positions is None else self.positions(leaves, found)
+            return jnp.zeros((), bool), found, new, jax.tree.leaves(where)
 
-        _, masks, stats = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats))
-        return masks, stats
+        _, masks, stats, entries = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats, entries))
+        return masks, stats, jax.tree.unflatten(containers, entries)
 
     def positions(self, leaves: Sequence[SparseLeaf], masks: Masks) -> list[PackedWeight | None] | None:
         """What `nm.pack_params` needs of the masks: `None` for a leaf that is not packed.
@@ -111,19 +115,6 @@ class Refresh:
                 "dimensions of a batch before the others; use packed=False"
             )
         return found
-
-    def next_positions(self, step: Int[Array, ""], leaves: Sequence[SparseLeaf], masks: Masks, old: Any) -> Any:
-        """The positions after update number `step`, in the containers of the old ones; others where masks are new."""
-        due = self._due(step)
-        if due is None or old is None:
-            return old
-
-        def find(carry):
-            del carry
-            return jnp.zeros((), bool), jax.tree.leaves(self.positions(leaves, masks))
-
-        _, found = jax.lax.while_loop(lambda carry: carry[0], find, (due, jax.tree.leaves(old)))
-        return jax.tree.unflatten(jax.tree.structure(old), found)
 
     def _due(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether masks are found after this update; `None` when they never are."""

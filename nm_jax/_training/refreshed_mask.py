@@ -97,8 +97,7 @@ def refreshed_mask(
 
         moved = [w.moved(change, decay) for w, change in zip(weights, sparse.take(changes), strict=True)]
         stats = state.stats._replace(drift=drift)
-        masks, stats = refresh(step, sparse.leaves, moved, masks, stats, jax.tree.leaves(params))
-        where = refresh.next_positions(step, sparse.leaves, masks, state.packed)
+        masks, stats, where = refresh(step, sparse.leaves, moved, masks, stats, state.packed, jax.tree.leaves(params))
         kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(
             step, sparse.only(masks), sparse.only(moved), stats, inner_state, where
