@@ -4,15 +4,17 @@ Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Met
 (NeurIPS 2021): their Tables 2 and A.3 are the overhead of a refresh every 40 steps (`paper/table_2`).
 
 Everything is timed in one process, as the median of several runs after a first one; ratios between rows mean more
-than the rows. Expected on 2 cores: `Exact` at 30 times OR-tools' blocks per second or more, no loss, every gap 0; 8192
-x 8192 at 8:16 in less than a second; greedy with completion loses 0.4 to 1.1 % of the kept weight, entropic transport
-less than 0.1 %. Real weights are read from $NM_JAX_DATA/weights when that is there.
+than the rows. Expected on 2 cores: `Exact` at 30 times OR-tools' blocks per second or more, `MeetInTheMiddle` (2:4) at
+several times that, no loss, every gap 0; 8192 x 8192 at 8:16 in less than a second; greedy with completion loses 0.1 to
+0.2 % of the kept weight, entropic transport less than 0.1 %. Real weights are read from $NM_JAX_DATA/weights when that
+is there.
 
 Paper: Tables 2 and A.3
-Time: 12 minutes on 2 cores
+Time: 15 minutes on 2 cores
 Data: none
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from experiments.bench.blocks import DISTRIBUTIONS, blocks_of
 from experiments.bench.models import MODELS, TINY, Shapes
 from experiments.harness import Experiment, Run, Table
 from experiments.train import Task, make_step, start
-from nm_jax.solvers import Exact, Greedy, IntegerProgram, MinCostFlow
+from nm_jax.solvers import Exact, Greedy, IntegerProgram, MeetInTheMiddle, MinCostFlow, default_solver
 
 PATTERNS = ("2:4-T", "4:8-T", "8:16-T", "16:32-T")
 # Blocks per second on 2 cores that were measured before, for comparison with this run's.
@@ -47,24 +49,40 @@ def transposable(pattern: str) -> nm.TransposableNM:
     return parsed
 
 
-def _library(solver: nm.solvers.Solver) -> Callable:
-    return lambda scores, pattern: solver(scores, pattern).mask
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to masks.
+
+    Attributes:
+      function: of tiles (m, m, blocks) and the pattern, to their mask.
+      title: in the documentation.
+      on_device: whether it runs under jit; else on the host.
+      supports: whether it can do a pattern.
+    """
+
+    function: Callable
+    title: str
+    on_device: bool = True
+    supports: Callable[[nm.Pattern], bool] = lambda pattern: True
 
 
-# name -> (function of tiles and pattern, whether it runs under jit on the device, its name in the documentation)
-METHODS: dict[str, tuple[Callable, bool, str]] = {
-    "Exact": (_library(Exact()), True, "**`Exact`**"),
-    "Greedy (2-approximation, completed)": (_library(Greedy()), True, "`Greedy()`"),
-    "Greedy (Algorithm 1 to the letter)": (
-        _library(Greedy(complete=False)),
-        True,
-        "`Greedy(complete=False)`: Algorithm 1, keeps fewer",
+def _library(solver: nm.solvers.Solver, title: str, on_device: bool = True) -> Method:
+    return Method(lambda scores, pattern: solver(scores, pattern).mask, title, on_device, solver.supports)
+
+
+OPTIMAL = {"Exact": Exact(), "MeetInTheMiddle": MeetInTheMiddle()}  # on the device, with a proof
+ORTOOLS = "OR-tools min-cost flow"
+METHODS: dict[str, Method] = {
+    **{name: _library(solver, f"**`{name}`**") for name, solver in OPTIMAL.items()},
+    "Greedy (2-approximation, completed)": _library(Greedy(), "`Greedy()`"),
+    "Greedy (Algorithm 1 to the letter)": _library(
+        Greedy(complete=False), "`Greedy(complete=False)`: Algorithm 1, keeps fewer"
     ),
-    "entropic transport, TSENOR's style": (baselines.entropic, True, "entropic transport in TSENOR's style"),
-    "OR-tools min-cost flow": (baselines.ortools, False, "OR-tools' min-cost flow, 64 blocks per network"),
-    "MinCostFlow (assignment gadget)": (_library(MinCostFlow()), False, "`MinCostFlow`: SciPy's assignment"),
-    "HiGHS LP": (baselines.highs, False, "HiGHS' linear programme"),
-    "IntegerProgram": (_library(IntegerProgram()), False, "`IntegerProgram`"),
+    "entropic transport, TSENOR's style": Method(baselines.entropic, "entropic transport in TSENOR's style"),
+    ORTOOLS: Method(baselines.ortools, "OR-tools' min-cost flow, 64 blocks per network", on_device=False),
+    "MinCostFlow (assignment gadget)": _library(MinCostFlow(), "`MinCostFlow`: SciPy's assignment", on_device=False),
+    "HiGHS LP": Method(baselines.highs, "HiGHS' linear programme", on_device=False),
+    "IntegerProgram": _library(IntegerProgram(), "`IntegerProgram`", on_device=False),
 }
 
 
@@ -88,9 +106,10 @@ def matrix_time(shape: tuple[int, ...], pattern: str, runs: int) -> float:
     return median_time(lambda: nm.solve(scores, pattern), runs)
 
 
-def exact_mask(pattern: nm.TransposableNM) -> Callable[[jax.Array], jax.Array]:
-    """The exact solver, compiled."""
-    return jax.jit(lambda scores: Exact()(scores, pattern).mask)
+def optimal_mask(pattern: nm.TransposableNM) -> Callable[[jax.Array], jax.Array]:
+    """The default solver of the pattern, compiled."""
+    solver = default_solver(pattern)
+    return jax.jit(lambda scores: solver(scores, pattern).mask)
 
 
 def compare(run: Run) -> list[dict]:
@@ -110,20 +129,20 @@ def compare(run: Run) -> list[dict]:
             if jnp.any(solution.proof.gap):
                 raise RuntimeError(f"Exact left a gap at {name} on {kind}")
             best = np.where(np.asarray(solution.mask), scores, 0).sum((0, 1), dtype=np.float64)
-            for method in METHODS:
+            for method in (name for name, method in METHODS.items() if method.supports(pattern)):
                 rows.append({"weights": kind, "pattern": name} | time_method(method, pattern, scores, best, run.quick))
     return rows
 
 
 def time_method(method: str, pattern: nm.TransposableNM, scores: np.ndarray, best: np.ndarray, quick: bool) -> dict:
     """Speed and loss of one method; the slower ones see fewer blocks. `best` is what the optimum keeps."""
-    function, on_device, _ = METHODS[method]
-    if on_device:
-        part = scores if method == "Exact" else scores[:, :, : scores.shape[2] // 16]
+    function = METHODS[method].function
+    if METHODS[method].on_device:
+        part = scores if method in OPTIMAL else scores[:, :, : scores.shape[2] // 16]
         compiled, tiles = jax.jit(lambda s: function(s, pattern)), jnp.asarray(part)
         call = functools.partial(compiled, tiles)
     else:
-        unit = 64 if method in ("OR-tools min-cost flow", "HiGHS LP") else 4
+        unit = 64 if method in (ORTOOLS, "HiGHS LP") else 4
         count = unit
         if not quick:
             pilot = median_time(functools.partial(function, scores[:, :, :unit], pattern), 1)
@@ -144,49 +163,65 @@ def time_method(method: str, pattern: nm.TransposableNM, scores: np.ndarray, bes
 
 
 def check_exactness(quick: bool) -> dict:
-    """Against OR-tools on the solver's own grid: integer optima must be equal, and every gap 0."""
+    """Against OR-tools on the solvers' own grids: integer optima must be equal, and every gap 0."""
     counts = {4: 3200, 8: 2400, 16: 500, 32: 120} if not quick else {4: 16}
+    cases = [
+        (nm.TransposableNM(base.n, base.m, at_most), solver)
+        for base in map(transposable, PATTERNS[: len(counts)])
+        for at_most in ((True,) if quick else (False, True))
+        for solver in OPTIMAL.values()
+        if solver.supports(base)
+    ]
     blocks = wrong = unproved = infeasible = 0
-    for base in map(transposable, PATTERNS[: len(counts)]):
-        for at_most in (True,) if quick else (False, True):
-            pattern = nm.TransposableNM(base.n, base.m, at_most)
-            solve = jax.jit(lambda s, pattern=pattern: Exact()(s, pattern))
-            for kind in DISTRIBUTIONS:
-                scores = blocks_of(kind, pattern.m, counts[pattern.m] // (2 if at_most else 1), seed=1)
-                assert scores is not None
-                solution = solve(jnp.asarray(scores))
-                wanted = np.maximum(scores, 0) if at_most else scores
-                rounding = np.asarray(solution.proof.rounding, np.float64)
-                unit = np.where(rounding > 0, rounding / (pattern.n * pattern.m), 2.0**-149)  # the finest grid there is
-                ratio = wanted.astype(np.float64) / unit
-                grid = (np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)).astype(np.int64)
-                found = (grid * np.asarray(solution.mask)).sum((0, 1))
-                optimum = (grid * baselines.ortools_integer(grid, pattern)).sum((0, 1))
-                blocks += scores.shape[2]
-                wrong += int((found != optimum).sum())
-                unproved += int(jnp.sum(~solution.proof.proved | (solution.proof.gap > 0)))
-                infeasible += int(jnp.sum(~pattern.full(solution.mask)))
+    for pattern, solver in cases:
+        solve = jax.jit(lambda s, pattern=pattern, solver=solver: solver(s, pattern))
+        for kind in DISTRIBUTIONS:
+            scores = blocks_of(kind, pattern.m, counts[pattern.m] // (2 if pattern.at_most else 1), seed=1)
+            assert scores is not None
+            solution = solve(jnp.asarray(scores))
+            grid = on_grid(scores, solution.proof, pattern, solver)
+            found = (grid * np.asarray(solution.mask)).sum((0, 1))
+            optimum = (grid * baselines.ortools_integer(grid, pattern)).sum((0, 1))
+            blocks += scores.shape[2]
+            wrong += int((found != optimum).sum())
+            unproved += int(jnp.sum(~solution.proof.proved | (solution.proof.gap > 0)))
+            infeasible += int(jnp.sum(~pattern.full(solution.mask)))
     counted = {"wrong": wrong, "unproved": unproved, "infeasible": infeasible}
     return {"blocks": blocks, "distributions": len(DISTRIBUTIONS), **counted}
+
+
+def on_grid(
+    scores: np.ndarray, proof: nm.solvers.Proof, pattern: nm.TransposableNM, solver: nm.solvers.Solver
+) -> np.ndarray:
+    """The integers (m, m, blocks) that a solver maximises, in NumPy float64."""
+    wanted = np.maximum(scores, 0) if pattern.at_most else scores
+    rounding = np.asarray(proof.rounding, np.float64)
+    unit = np.where(rounding > 0, rounding / (pattern.n * pattern.m), 2.0**-149)  # the finest grid there is
+    ratio = wanted.astype(np.float64) / unit
+    away = np.sign(ratio) * np.floor(np.abs(ratio) + 0.5)
+    # Halves go to the even neighbour where a block need not be scaled before.
+    largest = np.abs(scores).max((0, 1)).astype(np.float64)
+    even = isinstance(solver, MeetInTheMiddle) & (largest >= 2.0**-100) & (largest < 2.0**101)
+    return np.where(even, np.rint(ratio), away).astype(np.int64)
 
 
 def scaling(quick: bool) -> dict:
     """Blocks per second by the number of blocks, and by m at n = m / 2 (rounded down)."""
     by_blocks = []
-    for name in ("4:8-T",) if quick else ("4:8-T", "16:32-T"):
+    for name in ("4:8-T",) if quick else PATTERNS:
         pattern = transposable(name)
-        for exponent in range(0, 5 if quick else 21, 4):
+        for exponent in range(0, 5 if quick else 25, 4):
             count = 1 << exponent
-            if count * pattern.m**2 > 1 << 26:
+            if count * pattern.m**2 > 1 << 28:
                 break
-            call = functools.partial(exact_mask(pattern), jnp.asarray(blocks_of("Gaussian", pattern.m, count)))
+            call = functools.partial(optimal_mask(pattern), jnp.asarray(blocks_of("Gaussian", pattern.m, count)))
             by_blocks.append({"pattern": name, "blocks": count, "blocks_per_s": count / median_time(call, 3)})
     by_m = []
     for m in (8,) if quick else (2, 3, 4, 6, 8, 12, 16, 24, 32):
         for at_most in (False,) if quick else (False, True):
             pattern = nm.TransposableNM(m // 2, m, at_most)
             count = (1 << (10 if quick else 20)) // m**2
-            call = functools.partial(exact_mask(pattern), jnp.asarray(blocks_of("Gaussian", m, count)))
+            call = functools.partial(optimal_mask(pattern), jnp.asarray(blocks_of("Gaussian", m, count)))
             by_m.append({"m": m, "at_most": at_most, "blocks_per_s": count / median_time(call, 3)})
     return {"by_blocks": by_blocks, "by_m": by_m}
 
@@ -197,7 +232,7 @@ def hard_cases(quick: bool) -> dict:
     n, m = (4, 8) if quick else (16, 32)
     for kind in ("binary",) if quick else ("four levels", "thirds", "binary"):
         scores = jnp.asarray(blocks_of(kind, m, 16 if quick else 2048))
-        seconds = median_time(functools.partial(exact_mask(nm.TransposableNM(n, m)), scores), 5)
+        seconds = median_time(functools.partial(optimal_mask(nm.TransposableNM(n, m)), scores), 5)
         rows[f"{kind}, {n}:{m}, blocks/s"] = scores.shape[2] / seconds
     size, pattern = (64, "4:8") if quick else (8192, "8:16")
     rows[f"{size} x {size} at {pattern}, s"] = matrix_time((size, size), f"{pattern}-T", 3)
@@ -276,7 +311,7 @@ def overhead(comparison: list[dict], quick: bool) -> list[dict]:
     for method, solver in (
         ("IntegerProgram", None),
         ("MinCostFlow (assignment gadget)", None),
-        ("OR-tools min-cost flow", None),
+        (ORTOOLS, None),
         ("Greedy (Algorithm 1 to the letter)", Greedy(complete=False)),
         ("Greedy (2-approximation, completed)", Greedy()),
         ("Exact", Exact()),
@@ -327,12 +362,14 @@ def tables(result: dict) -> list[Table]:
     comparison = result["comparison"]
     patterns = list(dict.fromkeys(row["pattern"] for row in comparison))
     gaussian = [row for row in comparison if row["weights"] == "Gaussian"]
-    fastest = ("Exact", "OR-tools min-cost flow", "MinCostFlow (assignment gadget)", "HiGHS LP", "IntegerProgram")
+    fastest = (*OPTIMAL, ORTOOLS, "MinCostFlow (assignment gadget)", "HiGHS LP", "IntegerProgram")
     speed = []
-    for method in sorted(METHODS, key=lambda method: fastest.index(method) if method in fastest else len(fastest)):
+    measured = [method for method in METHODS if any(row["method"] == method for row in gaussian)]
+    for method in sorted(measured, key=lambda method: fastest.index(method) if method in fastest else len(fastest)):
         rows = [row for row in gaussian if row["method"] == method]
-        rates = [_two_digits(row["blocks_per_s"]) for row in rows]
-        speed.append((METHODS[method][2], *rates, _lost([row["loss_percent"] for row in rows])))
+        rates = {row["pattern"]: _two_digits(row["blocks_per_s"]) for row in rows}
+        lost = _lost([row["loss_percent"] for row in rows])
+        speed.append((METHODS[method].title, *map(rates.get, patterns), lost))
     every = [
         (
             *(r["weights"], r["pattern"], r["method"], f"{r['blocks_per_s']:,.0f}", f"{r['loss_percent']:.3f}"),
@@ -358,11 +395,11 @@ def tables(result: dict) -> list[Table]:
     return [
         Table("speed", ("", *patterns, "lost"), speed, "Blocks per second, Gaussian weights"),
         Table("every", columns, every, "Every method"),
-        Table("ortools", ("weights", "pattern", "Exact / OR-tools"), _ratios(comparison), "Exact against OR-tools"),
+        Table("ortools", ("weights", "pattern", "solver", "/ OR-tools"), _ratios(comparison), "Blocks per second"),
         Table("exactness", tuple(exactness), [tuple(exactness.values())], "Integer optima against OR-tools"),
         Table("hard", ("case", ""), hard, "Heavy ties and a large matrix"),
-        Table("blocks", ("pattern", "blocks", "blocks/s"), by_blocks, "Exact: number of blocks"),
-        Table("sizes", ("m (n = m / 2)", "", "blocks/s"), by_m, "Exact: block size"),
+        Table("blocks", ("pattern", "blocks", "blocks/s"), by_blocks, "The default solver: number of blocks"),
+        Table("sizes", ("m (n = m / 2)", "", "blocks/s"), by_m, "The default solver: block size"),
         Table("models", ("model", "pattern", "weights", "s", "to compile, s"), models, "All weights of a model"),
     ]
 
@@ -380,12 +417,12 @@ def _lost(percents: list[float]) -> str:
     return f"{least} to {most} %" if least != most else f"{most} %"
 
 
-def _ratios(comparison: list[dict]) -> list[tuple[str, str, str]]:
+def _ratios(comparison: list[dict]) -> list[tuple[str, str, str, str]]:
     rates = {(row["weights"], row["pattern"], row["method"]): row["blocks_per_s"] for row in comparison}
     return [
-        (weights, pattern, f"{rate / rates[weights, pattern, 'OR-tools min-cost flow']:.0f}")
+        (weights, pattern, method, f"{rate / rates[weights, pattern, ORTOOLS]:.0f}")
         for (weights, pattern, method), rate in rates.items()
-        if method == "Exact"
+        if method in OPTIMAL
     ]
 
 
@@ -403,20 +440,24 @@ def draw(result: dict) -> Figure:
     gaussian = [row for row in result["comparison"] if row["weights"] == "Gaussian"]
     for method in METHODS:
         rates = {row["pattern"]: row["blocks_per_s"] for row in gaussian if row["method"] == method}
-        methods.plot(*zip(*rates.items(), strict=True), marker="o", label=method, lw=2.5 if method == "Exact" else 1)
+        methods.plot(*zip(*rates.items(), strict=True), marker="o", label=method, lw=2.5 if method in OPTIMAL else 1)
     methods.set(yscale="log", ylabel="blocks / s", title="Gaussian blocks")
     methods.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=2, frameon=False)
     by_blocks, by_m = result["scaling"]["by_blocks"], result["scaling"]["by_m"]
     for name in dict.fromkeys(row["pattern"] for row in by_blocks):
         points = [(row["blocks"], row["blocks_per_s"]) for row in by_blocks if row["pattern"] == name]
         numbers.plot(*zip(*points, strict=True), marker="o", label=name)
-    numbers.set(xscale="log", yscale="log", xlabel="blocks", ylabel="blocks / s", title="Exact: number of blocks")
+    numbers.set(
+        xscale="log", yscale="log", xlabel="blocks", ylabel="blocks / s", title="Default solver: number of blocks"
+    )
     numbers.legend()
     for at_most in (False, True):
         rows = [row for row in by_m if row["at_most"] == at_most]
         weights = [row["blocks_per_s"] * row["m"] ** 2 for row in rows]
         sizes.plot([row["m"] for row in rows], weights, marker="o", label="at most n" if at_most else "exactly n")
-    sizes.set(xscale="log", yscale="log", xlabel="m (n = m / 2)", ylabel="weights / s", title="Exact: block size")
+    sizes.set(
+        xscale="log", yscale="log", xlabel="m (n = m / 2)", ylabel="weights / s", title="Default solver: block size"
+    )
     sizes.minorticks_off()
     ticks = sorted({row["m"] for row in by_m})
     sizes.set_xticks(ticks, map(str, ticks))
