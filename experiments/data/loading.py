@@ -13,10 +13,10 @@ THREADS = min(16, os.cpu_count() or 1)  # each makes a batch
 
 
 class Examples(Protocol):
-    """Images and labels by number."""
+    """Images, or what has some, and labels, by number."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, number: int, /) -> tuple[np.ndarray, Any]: ...
+    def __getitem__(self, number: int, /) -> tuple[Any, Any]: ...
 
 
 class Batches:
@@ -41,7 +41,7 @@ class Batches:
         source: Examples,
         size: int,
         seed: int,
-        transform: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+        transform: Callable[[Any, np.random.Generator], Any] | None = None,
     ):
         if not 0 < size <= len(source):
             raise DataError(f"a batch of {size} examples out of {len(source)}; make the batch smaller")
@@ -54,7 +54,7 @@ class Batches:
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)
         self.iterator: Any = iter(dataset.to_iter_dataset(options))
 
-    def __call__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, number: int) -> tuple[Any, np.ndarray]:
         """The batch of a number, from 0."""
         if number != self.get_state()["next_index"]:
             self.set_state({"next_index": number})
@@ -63,7 +63,7 @@ class Batches:
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+    def __next__(self) -> tuple[Any, np.ndarray]:
         return next(self.iterator)
 
     def get_state(self) -> dict[str, int]:
@@ -77,10 +77,10 @@ class Batches:
 
 def in_order(
     count: int,
-    read: Callable[[int], tuple[np.ndarray, Any] | None],
+    read: Callable[[int], tuple[Any, Any] | None],
     size: int,
-    transform: Callable[[np.ndarray], np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    transform: Callable[[Any], Any],
+) -> Iterator[tuple[Any, np.ndarray]]:
     """All examples once, in order, without those that read as `None`; the last batch may be smaller."""
 
     def example(number):
