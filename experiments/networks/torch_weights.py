@@ -58,13 +58,13 @@ def _translate(key: str) -> str:
     return key
 
 
-def check(found: dict, module: nn.Module, inputs: Any) -> dict:
+def check(found: dict, module: nn.Module, *inputs: Any) -> dict:
     """Returns the variables as they are, if they are those of the module.
 
     Raises:
       ValueError: a parameter is missing, is one too many, or has another shape; names the first one.
     """
-    wanted = _shapes(jax.eval_shape(module.init, jax.random.key(0), inputs))
+    wanted = _shapes(jax.eval_shape(module.init, jax.random.key(0), *inputs))
     there = _shapes(found)
     for path in [*wanted, *there]:
         if wanted.get(path) != there.get(path):

@@ -40,6 +40,22 @@ def shifted(boxes: jax.Array, shifts: jax.Array, weights: Sequence[float]) -> ja
     return jnp.concatenate([centre - half, centre + half], axis=-1)
 
 
+def shift_to(boxes: jax.Array, targets: jax.Array, weights: Sequence[float]) -> jax.Array:
+    """What `shifted` moves boxes to their targets by; 0 where either is empty.
+
+    Args:
+      boxes: `[..., 4]`.
+      targets: `[..., 4]`.
+      weights: what each of the four is multiplied by.
+    """
+    size, wanted = (x[..., 2:] - x[..., :2] for x in (boxes, targets))
+    there = jnp.all((size > 0) & (wanted > 0), axis=-1, keepdims=True)
+    size, wanted = (jnp.where(there, x, 1) for x in (size, wanted))
+    moved = (targets[..., :2] + 0.5 * wanted - boxes[..., :2] - 0.5 * size) / size
+    found = jnp.concatenate([moved, jnp.log(wanted / size)], axis=-1)
+    return jnp.where(there, found * jnp.asarray(weights, found.dtype).reshape((1,) * (found.ndim - 1) + (4,)), 0)
+
+
 def clipped(boxes: jax.Array, size: jax.Array) -> jax.Array:
     """Boxes within an image of a height and a width."""
     limits = jnp.stack([size[1], size[0]]).astype(boxes.dtype)

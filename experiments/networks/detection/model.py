@@ -1,18 +1,21 @@
 """The layers of Mask R-CNN and the way from images to boxes, classes and masks."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.networks.detection import boxes as box
-from experiments.networks.detection.roi_align import levels_of, roi_align
+from experiments.networks.detection import losses
+from experiments.networks.detection.roi_align import levels_of, mask_targets, roi_align
 from experiments.networks.layers import HE, FrozenNorm, conv
 from experiments.networks.resnet_imagenet import Block
 
-SHIFTS = (10.0, 10.0, 5.0, 5.0)  # what shifts of detections were multiplied by; those of anchors by nothing
+TINY = nn.initializers.normal(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Sizes:
       proposals: boxes of an image after it.
       detections: of an image.
       score: that a detection has at least.
+      trained: candidates and proposals in training.
+      anchors_drawn: anchors of an image that are learned from.
+      regions_drawn: regions of an image that are learned from.
     """
 
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -34,6 +40,9 @@ class Sizes:
     proposals: int = 1000
     detections: int = 100
     score: float = 0.05
+    trained: int = 2000
+    anchors_drawn: int = 256
+    regions_drawn: int = 512
 
 
 class Pyramid(nn.Module):
@@ -77,9 +86,9 @@ class ProposalHead(nn.Module):
     def __call__(self, levels):
         width = levels[0].shape[-1]
         hidden, logits, shifts = (
-            conv(width, 3, 1, "conv", bias=True),
-            conv(self.count, 1, 1, "cls_logits", bias=True),
-            conv(4 * self.count, 1, 1, "bbox_pred", bias=True),
+            conv(width, 3, 1, "conv", bias=True, kernel_init=TINY),
+            conv(self.count, 1, 1, "cls_logits", bias=True, kernel_init=TINY),
+            conv(4 * self.count, 1, 1, "bbox_pred", bias=True, kernel_init=TINY),
         )
         found = []
         for x in levels:
@@ -148,7 +157,7 @@ class MaskRCNN(nn.Module):
 
     def __call__(self, images, sizes):
         levels = self.backbone(images)
-        found = self.proposals(images.shape[1:3], levels, sizes)
+        found = self.proposals(self.rpn(levels), self.anchors(images, levels), sizes)
         count = len(images)
         pooled = self._pooled(levels, found["boxes"], 7)
         logits, shifts = self.roi_heads(pooled)
@@ -160,20 +169,68 @@ class MaskRCNN(nn.Module):
         chosen = jnp.sum(masks * of_label, axis=-1)
         return result | {"masks": nn.sigmoid(chosen).reshape(count, -1, *chosen.shape[1:])}
 
-    def proposals(self, size: tuple[int, int], levels: list[jax.Array], sizes: jax.Array) -> dict[str, jax.Array]:
-        """Where objects may be: `boxes [batch, n, 4]` and `scores [batch, n]`, -1 where there is none."""
-        boxes, scores = [], []
-        for (logits, shifts), level, side in zip(self.rpn(levels), levels, self.sizes.anchors, strict=True):
+    def losses(self, images: jax.Array, sizes: jax.Array, objects: Any, key: jax.Array) -> dict[str, jax.Array]:
+        """What is learned by: the five losses by name, of images with their objects.
+
+        Args:
+          images: as in the call.
+          sizes: as in the call.
+          objects: `boxes [batch, n, 4]`, `labels [batch, n]`, 0 where there is none, and `masks [batch, n, height,
+            width]`, booleans.
+          key: of what is drawn.
+        """
+        count, labels, most = len(images), objects["labels"], self.sizes.trained
+        first, second = jax.random.split(key, (2, count))
+        levels = self.backbone(images)
+        said, anchors = self.rpn(levels), self.anchors(images, levels)
+        logits, shifts = (jnp.concatenate(each, axis=1) for each in zip(*said, strict=True))
+        found = {}
+        found["objectness"], found["anchors"] = losses.of_proposals(
+            first, logits, shifts, jnp.concatenate(anchors), objects["boxes"], labels > 0, self.sizes.anchors_drawn
+        )
+        near = self.proposals(jax.lax.stop_gradient(said), anchors, sizes, most, most)
+        regions = functools.partial(losses.regions, count=self.sizes.regions_drawn)
+        drawn = jax.vmap(regions)(second, near["boxes"], near["scores"] >= 0, objects["boxes"], labels)
+        logits, shifts = self.roi_heads(self._pooled(levels, drawn["boxes"], 7))
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in drawn.items()}
+        found["classes"], found["boxes"] = losses.of_regions(logits, shifts, flat["labels"], flat["wanted"])
+        # Regions of objects come first, and are a quarter at most.
+        drawn = {name: x[:, : max(x.shape[1] // 4, 1)] for name, x in drawn.items()}
+        logits = self.roi_heads.masks(self._pooled(levels, drawn["boxes"], 14))
+        targets = functools.partial(mask_targets, side=logits.shape[1])
+        wanted = jax.vmap(targets)(objects["masks"], drawn["boxes"], drawn["object"])
+        found["masks"] = losses.of_masks(logits, drawn["labels"].reshape(-1), wanted.reshape(logits.shape[:3]))
+        return found
+
+    def anchors(self, images: jax.Array, levels: list[jax.Array]) -> list[np.ndarray]:
+        """The anchors of each level, `[n, 4]`."""
+        found = []
+        for level, side in zip(levels, self.sizes.anchors, strict=True):
             grid = (level.shape[1], level.shape[2])
-            around = box.anchors(grid, (size[0] // grid[0], size[1] // grid[1]), side, self.sizes.ratios)
-            best, number = jax.lax.top_k(logits, min(self.sizes.candidates, len(around)))
+            stride = (images.shape[1] // grid[0], images.shape[2] // grid[1])
+            found.append(box.anchors(grid, stride, side, self.sizes.ratios))
+        return found
+
+    def proposals(
+        self,
+        said: list[tuple[jax.Array, jax.Array]],
+        anchors: list[np.ndarray],
+        sizes: jax.Array,
+        candidates: int | None = None,
+        most: int | None = None,
+    ) -> dict[str, jax.Array]:
+        """Where objects may be: `boxes [batch, n, 4]` and `scores [batch, n]`, -1 where there is none."""
+        candidates, most = candidates or self.sizes.candidates, most or self.sizes.proposals
+        boxes, scores = [], []
+        for (logits, shifts), around in zip(said, anchors, strict=True):
+            best, number = jax.lax.top_k(logits, min(candidates, len(around)))
             shifts = jnp.take_along_axis(shifts, number[..., None], axis=1)
             moved = jax.vmap(box.clipped)(box.shifted(jnp.asarray(around)[number], shifts, (1.0,) * 4), sizes)
             stays = jax.vmap(lambda b: box.suppressed(b, box.large(b, 1e-3), 0.7))(moved)
             boxes.append(moved)
             scores.append(jnp.where(stays, nn.sigmoid(best), -1))
         every, scored = jnp.concatenate(boxes, axis=1), jnp.concatenate(scores, axis=1)
-        best, number = jax.lax.top_k(scored, min(self.sizes.proposals, scored.shape[1]))
+        best, number = jax.lax.top_k(scored, min(most, scored.shape[1]))
         chosen = jnp.take_along_axis(every, number[..., None], axis=1)
         return jax.lax.stop_gradient({"boxes": chosen, "scores": best})
 
@@ -183,7 +240,7 @@ class MaskRCNN(nn.Module):
 
     def _detected(self, proposals: Any, there: Any, logits: Any, shifts: Any, size: Any) -> dict[str, jax.Array]:
         """The detections of one image; each class is suppressed by itself."""
-        moved = box.clipped(box.shifted(proposals[:, None], shifts, SHIFTS), size)
+        moved = box.clipped(box.shifted(proposals[:, None], shifts, losses.SHIFTS), size)
         scores = jnp.where(there[:, None] >= 0, nn.softmax(logits), 0)
         scores = jnp.where((scores > self.sizes.score) & box.large(moved, 1e-2), scores, 0)
 

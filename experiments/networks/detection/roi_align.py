@@ -60,3 +60,34 @@ def roi_align(
             index = begin[:, None, None] + y[:, :, None] * shapes[:, 1, None, None] + x[:, None, :]
             total += rows[index] * (down[:, :, None] * across[:, None, :])[..., None].astype(rows.dtype)
     return mean(total)
+
+
+def mask_targets(masks: jax.Array, boxes: jax.Array, number: jax.Array, side: int) -> jax.Array:
+    """What the masks `[n, side, side]` of boxes should be: the share of each bin that is of the object.
+
+    RoIAlign of the object's mask, with points about a pixel apart, as many as the box has room for.
+
+    Args:
+      masks: `[objects, height, width]`, booleans.
+      boxes: `[n, 4]`, in pixels, within the image.
+      number: `[n]`, the object of each.
+      side: bins along each side.
+    """
+
+    def along(low, high, size):
+        """Of every bin, how much each pixel counts, `[side, size]`."""
+        length = jnp.maximum(high - low, 1)
+        count = jnp.ceil(length / side)
+        step = jnp.arange(-(-size // side))[None, :]
+        at = low + (jnp.arange(side)[:, None] + (step + 0.5) / count) * length / side
+        share = jnp.where((step < count) & (at >= -1) & (at <= size), 1 / count, 0)
+        near = 1 - jnp.abs(jnp.clip(at, 0, size - 1)[..., None] - jnp.arange(size)[None, None, :])
+        return jnp.einsum("bs,bsp->bp", share, jnp.maximum(near, 0))
+
+    def of_box(given):
+        box, number = given
+        height, width = masks.shape[1:]
+        down, across = along(box[1], box[3], height), along(box[0], box[2], width)
+        return down @ masks[number].astype(down.dtype) @ across.T
+
+    return jax.lax.map(of_box, (boxes, number))
