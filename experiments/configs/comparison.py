@@ -9,10 +9,10 @@ import nm_jax as nm
 from experiments.harness import Experiment, Table
 
 
-def finished(result: dict, name: str) -> dict[int, float]:
-    """Last accuracies of a variant, by seed, of those that are through."""
+def finished(result: dict, name: str, figure: str = "accuracies") -> dict[int, float]:
+    """Last accuracies of a variant, or other figures, by seed, of those that are through."""
     rows = [row for row in result["rows"] if row["name"] == name]
-    return {row["seed"]: row["accuracies"][-1] for row in rows if row["epochs_done"] == row["epochs"]}
+    return {row["seed"]: row[figure][-1] for row in rows if row["epochs_done"] == row["epochs"]}
 
 
 def tables(result: dict) -> list[Table]:
@@ -20,18 +20,26 @@ def tables(result: dict) -> list[Table]:
     return [compared("accuracy", result)]
 
 
-def compared(table: str, result: dict, paper: Mapping[str, str] | None = None) -> Table:
+def compared(
+    table: str,
+    result: dict,
+    paper: Mapping[str, str] | None = None,
+    figure: str = "accuracies",
+    label: str = "test accuracy, %",
+) -> Table:
     """Accuracy of every variant, and its difference to the first one, seed by seed, with what that says.
 
     Args:
       table: name of the table.
       result: of a study.
       paper: accuracies of the paper, by variant.
+      figure: what is compared instead, as the rows call it.
+      label: what the table calls it.
     """
     rows, names = [], list(dict.fromkeys(row["name"] for row in result["rows"]))
     for name in names:
         mine = [row for row in result["rows"] if row["name"] == name]
-        own, first = finished(result, name), finished(result, names[0])
+        own, first = finished(result, name, figure), finished(result, names[0], figure)
         values = list(own.values())
         paired = [own[seed] - first[seed] for seed in own if seed in first] if name != names[0] else []
         flips = [row["flip_rates"][-1] for row in mine if row.get("flip_rates")]
@@ -46,9 +54,11 @@ def compared(table: str, result: dict, paper: Mapping[str, str] | None = None) -
             f"{len(values)} ({done} of {whole} epochs)",
         )
         rows.append((*cells, (paper or {}).get(name)) if paper is not None else cells)
-    header = ("", "test accuracy, %", f"to {names[0]}", "that is", "last flips", "SU", "seeds")
+    header = ("", label, f"to {names[0]}", "that is", "last flips", "SU", "seeds")
     title = f"{result['network']}, {result['data']}, from {result['start']}, preset {result['preset']}"
     notes = "Mean and standard deviation of the seeds that are through; differences are between runs of one seed."
+    if (before := result.get("before")) and before[figure]:
+        notes += f" They go on from {before[figure][-1]:.2f}."
     return Table(table, (*header, "paper") if paper is not None else header, rows, title, notes)
 
 

@@ -21,12 +21,16 @@ from rich.progress import TextColumn
 import nm_jax as nm
 from experiments.configs.comparison import tables
 from experiments.harness import Experiment, Run
-from experiments.train import Recipe, Task, Training, classification
+from experiments.train import Recipe, Task, Training, classification, evaluated
 from experiments.train.folder import metrics
 from experiments.train.task import cross_entropy
 
 TEST_BATCH = 500
 QUICK = 64  # images
+BEFORE = "before"  # folder of the run that the others go on from
+# What an evaluation gives: its name, what a result calls the list of it, and digits. The first one says how far it is.
+Figures = tuple[tuple[str, str, int], ...]
+FIGURES: Figures = (("accuracy", "accuracies", 2), ("test_loss", "test_losses", 4))
 
 
 class Data(Protocol):
@@ -58,11 +62,14 @@ class Variant:
     decay: float = 2e-4
     solver: nm.solvers.Solver | None = None
 
-    def sparse(self, tx: optax.GradientTransformation, rules: list) -> optax.GradientTransformation:
-        """The optimiser, sparse where there is a pattern."""
+    def sparse(self, tx: optax.GradientTransformation, dense: list) -> optax.GradientTransformation:
+        """The optimiser, sparse where there is a pattern, in all layers but those that stay dense."""
+        return self.by(tx, [*dense, ("kernel", self.pattern)])
+
+    def by(self, tx: optax.GradientTransformation, rules: Any) -> optax.GradientTransformation:
+        """The optimiser, sparse by rules or by a plan if there is a pattern."""
         if self.pattern is None:
             return tx
-        rules = [*rules, ("kernel", self.pattern)]
         return nm.sparse_training(tx, rules, refresh_every=self.refresh_every, decay=self.decay, solver=self.solver)
 
 
@@ -77,6 +84,7 @@ class Preset:
       weights: reads pretrained variables, of the file that `--weights` names, or of none; `None`: from scratch.
       seeds: of each variant.
       network: name of the network, for tables.
+      before: the dense network is trained by this first, once, and every variant goes on from there.
     """
 
     recipe: Recipe
@@ -85,101 +93,12 @@ class Preset:
     weights: Callable[[Path | None], dict] | None = None
     seeds: int = 3
     network: str = ""
+    before: Recipe | None = None
 
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Variants that are trained alike.
-
-    Attributes:
-      name: of its file.
-      variants: what is compared; the first one is what the others are compared with.
-      presets: how much, by name.
-      dense: rules of the layers that stay dense: the first and the last.
-    """
-
-    name: str
-    variants: tuple[Variant, ...]
-    presets: Mapping[str, Preset]
-    dense: tuple[tuple[str, None], ...] = (("^(conv1|features_0)/", None), ("^(linear|fc|classifier_6)/", None))
-
-    def experiment(self) -> Experiment:
-        """What the file of the study is listed as."""
-        return Experiment(self._measure, tables, options=_options, presets=tuple(self.presets))
-
-    def _measure(self, run: Run) -> dict:
-        preset = self.presets[run.part]
-        if run.quick:
-            preset = quick(preset)
-        data = preset.data(run.args.data)
-        data = data.head(QUICK) if run.quick else data
-        start = preset.weights and preset.weights(run.args.weights)
-        runs = [(seed, variant) for seed in range(preset.seeds) for variant in self.variants]
-        now = [(seed, variant) for seed, variant in runs if seed < (run.args.seeds or preset.seeds)]
-        until = time.monotonic() + 60 * run.args.minutes if run.args.minutes else None
-        base = (run.path.parent if run.quick else run.args.runs) / self.name / run.part
-        steps = data.count // preset.recipe.batch
-
-        def result():
-            rows = [progress(base / folder(v, s), v, s, steps, preset.recipe.epochs) for s, v in runs]
-            return {
-                "preset": run.part,
-                "network": preset.network,
-                "data": data.source,
-                "start": "scratch" if preset.weights is None else "pretrained",
-                "recipe": dataclasses.asdict(preset.recipe),
-                "steps_per_epoch": steps,
-                "rows": rows,
-            }
-
-        with run.progress(TextColumn("{task.fields[seen]}")) as display:
-            for seed, variant in now:
-                bar = display.add_task(f"{variant.name}, seed {seed}", total=steps * preset.recipe.epochs, seen="")
-                training = self._run(preset, data, start, variant, seed, base)
-                display.update(bar, completed=training.number)
-                try:
-                    while training.number < training.steps:
-                        if until is not None and time.monotonic() > until:
-                            return result()
-                        training.step()
-                        display.advance(bar)
-                        if training.number % steps == 0:
-                            done = result()
-                            run.record(done)
-                            row = next(r for r in done["rows"] if (r["name"], r["seed"]) == (variant.name, seed))
-                            display.update(bar, seen=f"test accuracy {row['accuracies'][-1]:.1f} %")
-                finally:
-                    training.close()
-        return result()
-
-    def _run(self, preset: Preset, data: Data, start: Any, variant: Variant, seed: int, base: Path) -> Training:
-        recipe, steps = preset.recipe, data.count // preset.recipe.batch
-        tx = variant.sparse(recipe.optimiser(steps), list(self.dense))
-        settings = {
-            "variant": dataclasses.asdict(variant) | {"solver": repr(variant.solver)},
-            "recipe": dataclasses.asdict(recipe),
-            "data": data.source,
-            "from": "scratch" if preset.weights is None else "pretrained",
-        }
-        return Training(
-            task(preset, data, start, seed),
-            tx,
-            steps * recipe.epochs,
-            seed=seed,
-            folder=base / folder(variant, seed),
-            save_every=max(10, steps // 4),
-            evaluate_every=steps,
-            log_every=50,
-            settings=settings,
-            accumulate=recipe.accumulate,
-            average=recipe.average,
-        )
-
-
-def quick(preset: Preset) -> Preset:
-    """Everything, but tiny."""
-    recipe = dataclasses.replace(preset.recipe, epochs=1, batch=QUICK // 2)
-    return dataclasses.replace(preset, recipe=recipe, seeds=1)
+    @property
+    def start(self) -> str:
+        """What the variants go on from, for tables."""
+        return "scratch" if self.weights is None and self.before is None else "pretrained"
 
 
 def task(preset: Preset, data: Data, start: Any, seed: int) -> Task:
@@ -209,15 +128,139 @@ def task(preset: Preset, data: Data, start: Any, seed: int) -> Task:
     return classification(module, start, batches, evaluate, smoothing=recipe.smoothing, compute=compute)
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Variants that are trained alike.
+
+    Attributes:
+      name: of its file.
+      variants: what is compared; the first one is what the others are compared with.
+      presets: how much, by name.
+      dense: rules of the layers that stay dense: the first and the last.
+      learned: what is learned; preset, data, the variables to start from or `None`, seed -> task.
+      planned: preset, pattern -> the plan that patterns go by, instead of rules.
+      figures: as `FIGURES`.
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    presets: Mapping[str, Preset]
+    dense: tuple[tuple[str, None], ...] = (("^(conv1|features_0)/", None), ("^(linear|fc|classifier_6)/", None))
+    learned: Callable[[Preset, Any, Any, int], Task] = task
+    planned: Callable[[Preset, str], Any] | None = None
+    figures: Figures = FIGURES
+
+    def experiment(self) -> Experiment:
+        """What the file of the study is listed as."""
+        return Experiment(self._measure, tables, options=_options, presets=tuple(self.presets))
+
+    def _measure(self, run: Run) -> dict:
+        preset = self.presets[run.part]
+        if run.quick:
+            preset = quick(preset)
+        data = preset.data(run.args.data)
+        data = data.head(QUICK) if run.quick else data
+        start = preset.weights and preset.weights(run.args.weights)
+        runs = [(seed, variant) for seed in range(preset.seeds) for variant in self.variants]
+        now = [(seed, variant) for seed, variant in runs if seed < (run.args.seeds or preset.seeds)]
+        until = time.monotonic() + 60 * run.args.minutes if run.args.minutes else None
+        base = (run.path.parent if run.quick else run.args.runs) / self.name / run.part
+        steps = data.count // preset.recipe.batch
+
+        def result():
+            rows = [progress(base / folder(v, s), v, s, preset.recipe.epochs, self.figures) for s, v in runs]
+            found = {
+                "preset": run.part,
+                "network": preset.network,
+                "data": data.source,
+                "start": preset.start,
+                "recipe": dataclasses.asdict(preset.recipe),
+                "steps_per_epoch": steps,
+                "rows": rows,
+            }
+            if preset.before is not None:
+                dense = progress(base / BEFORE, Variant("dense"), 0, preset.before.epochs, self.figures)
+                found["before"] = dense | {"recipe": dataclasses.asdict(preset.before)}
+            return found
+
+        def advance(display, preset, variant, seed, path) -> Training | None:
+            """A run that has been brought to its end; `None` if there was no time for it."""
+            training = self._run(preset, data, start, variant, seed, path)
+            name = f"{variant.name}, seed {seed}" if path.name != BEFORE else "dense, before"
+            per_epoch = data.count // preset.recipe.batch
+            bar = display.add_task(name, total=training.steps, completed=training.number, seen="")
+            try:
+                while training.number < training.steps:
+                    if until is not None and time.monotonic() > until:
+                        return None
+                    training.step()
+                    display.advance(bar)
+                    if training.number % per_epoch == 0:
+                        run.record(result())
+                        first = self.figures[0][0]
+                        display.update(bar, seen=f"{first} {metrics(path)[-1][first]:.1f} %")
+                return training
+            finally:
+                training.close()
+
+        with run.progress(TextColumn("{task.fields[seen]}")) as display:
+            if preset.before is not None:
+                first = dataclasses.replace(preset, recipe=preset.before, before=None)
+                if (training := advance(display, first, Variant("dense"), 0, base / BEFORE)) is None:
+                    return result()
+                params, extra = evaluated(training.state)
+                start = {"params": params, **extra}
+            for seed, variant in now:
+                if advance(display, preset, variant, seed, base / folder(variant, seed)) is None:
+                    break
+        return result()
+
+    def _run(self, preset: Preset, data: Data, start: Any, variant: Variant, seed: int, path: Path) -> Training:
+        recipe, steps = preset.recipe, data.count // preset.recipe.batch
+        tx = recipe.optimiser(steps)
+        if variant.pattern is not None and self.planned is not None:
+            tx = variant.by(tx, self.planned(preset, variant.pattern))
+        else:
+            tx = variant.sparse(tx, list(self.dense))
+        settings = {
+            "variant": dataclasses.asdict(variant) | {"solver": repr(variant.solver)},
+            "recipe": dataclasses.asdict(recipe),
+            "data": data.source,
+            "from": preset.start,
+        }
+        return Training(
+            self.learned(preset, data, start, seed),
+            tx,
+            steps * recipe.epochs,
+            seed=seed,
+            folder=path,
+            save_every=max(10, steps // 4),
+            evaluate_every=steps,
+            log_every=50,
+            settings=settings,
+            accumulate=recipe.accumulate,
+            average=recipe.average,
+        )
+
+
+def quick(preset: Preset) -> Preset:
+    """Everything, but tiny."""
+
+    def of(recipe):
+        return dataclasses.replace(recipe, epochs=1, batch=QUICK // 2)
+
+    return dataclasses.replace(preset, recipe=of(preset.recipe), seeds=1, before=preset.before and of(preset.before))
+
+
 def folder(variant: Variant, seed: int) -> str:
     """Name of the folder of a run."""
     return f"{variant.name.replace(' ', '_').replace(':', '-').replace('/', '-')}_{seed}"
 
 
-def progress(path: Path, variant: Variant, seed: int, steps: int, epochs: int) -> dict:
+def progress(path: Path, variant: Variant, seed: int, epochs: int, figures: Figures = FIGURES) -> dict:
     """How far a run is, and what it has come to, by its metrics."""
     lines = metrics(path)
-    tested = [line for line in lines if "accuracy" in line]
+    tested = [line for line in lines if figures[0][0] in line]
     row: dict[str, Any] = {
         "name": variant.name,
         "pattern": variant.pattern,
@@ -226,8 +269,7 @@ def progress(path: Path, variant: Variant, seed: int, steps: int, epochs: int) -
         "seed": seed,
         "epochs": epochs,
         "epochs_done": len(tested),
-        "accuracies": [round(line["accuracy"], 2) for line in tested],
-        "test_losses": [round(line["test_loss"], 4) for line in tested],
+        **{listed: [round(line[name], digits) for line in tested] for name, listed, digits in figures},
         "losses": [round(line["loss"], 4) for line in tested],
         "seconds": round(sum(line["seconds"] for line in lines), 1),
     }

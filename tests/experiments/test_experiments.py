@@ -21,7 +21,14 @@ def run(*arguments):
     return command.main([*map(str, arguments)])
 
 
-SLOW = ("quickstart", "bench/solvers", "bench/training", "bench/checkpoint", "recipes")
+SLOW = (
+    "quickstart",
+    "bench/solvers",
+    "bench/training",
+    "bench/checkpoint",
+    "recipes",
+    "configs/table_3_detection",
+)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,29 @@ def test_the_runs_of_another_preset_are_refused_in_one_line(whole):
         measured(whole[0], study=Study("toy", VARIANTS, {"cpu": preset}))
 
 
+@pytest.mark.slow
+def test_variants_go_on_from_one_network_that_is_trained_before(tmp_path):
+    """At a rate of 0 they end as it did, masked; also where the first start had no time. Patterns go by a plan."""
+    short = dataclasses.replace(SHORT.recipe, average=None)
+    preset = dataclasses.replace(SHORT, recipe=dataclasses.replace(short, epochs=1, rate=0.0), before=short)
+    study = Study("toy", VARIANTS[::2], {"cpu": preset}, planned=lambda preset, pattern: [("linear/kernel", pattern)])
+    part = measured(tmp_path, minutes=1e-9, study=study)
+    assert part["before"]["epochs_done"] == 0 and not (tmp_path / "toy/cpu" / folder(VARIANTS[0], 0)).exists()
+    result = measured(tmp_path, study=study)
+    before, dense, sparse = (
+        load_file(tmp_path / "toy/cpu" / name / MODEL)
+        for name in ("before", folder(VARIANTS[0], 0), folder(VARIANTS[2], 0))
+    )
+    assert result["before"]["accuracies"][-1] == result["rows"][0]["accuracies"][-1] > 30
+    kept = sparse["params/linear/kernel"] != 0
+    assert [kept[k : k + 4].sum(0).max() for k in range(0, 16, 4)] == [2] * 4
+    for name, array in before.items():
+        np.testing.assert_array_equal(dense[name], array)
+        np.testing.assert_array_equal(sparse[name], array * kept if name == "params/linear/kernel" else array)
+    (shown,) = tables(result)
+    assert "from pretrained" in shown.title and f"go on from {result['before']['accuracies'][-1]:.2f}" in shown.notes
+
+
 @pytest.mark.parametrize(
     ("differences", "says"),
     [([-1.0, -1.1, -0.9], "**short**"), ([1.0, 1.1, 0.9], "better"), ([-1.0, 1.0, -0.2], "none shown"), ([-5.0], None)],
