@@ -216,14 +216,14 @@ class _Open(NamedTuple):
 def _ask(doubts: list[_Open]) -> str:
     """What to do about leaves whose axes cannot be told."""
     first, pattern = doubts[0], str(doubts[0].pattern)
-    rules = [f"({f'^{re.escape(d.path)}$'!r}, {str(d.pattern)!r}, {d.doubt.readings[0]!r})" for d in doubts]
+    dense = [f"({f'^{re.escape(d.path)}$'!r}, None)" for d in doubts]  # a reading to copy would be a guess
     which = [f"{d.path} {d.shape} ({d.doubt.why})" for d in doubts]
     others = f", and so it is for {len(doubts) - 1} more" if len(doubts) > 1 else ""
     return (
         f"{first.path}: which of the dimensions {first.shape} are contracted is ambiguous{others}. Read the axes off "
-        f"the model: nm_jax.plan(apply, params, *inputs, pattern={pattern!r}) goes where rules go. Or give rules, with "
-        "one letter per dimension (i contraction, o output, b batch) or with None for the pattern of a leaf that stays "
-        f"dense, in the form [{', '.join(rules[:_LISTED])}, {pattern!r}]. Open: {_listing(which)}"
+        f"the model: nm_jax.plan(apply, params, *inputs, pattern={pattern!r}) goes where rules go. Or give rules: "
+        f"[{', '.join(dense[:_LISTED])}, {pattern!r}] leaves them dense; {pattern!r}, AXES in place of None says their "
+        f"axes, one letter per dimension (i contraction, o output, b batch). Open: {_listing(which)}"
     )
 
 

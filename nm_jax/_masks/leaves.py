@@ -75,7 +75,7 @@ def solve_leaves(
 
     Works under `jit` with leaves sharded over a mesh, `vmap` and `shard_map`. Where shards end on the boundaries of
     tiles, no weights move, and masks are those of one device; otherwise a warning names the leaf and the axis, and the
-    leaf is gathered along it. Unstructured masks sort the whole leaf, and gather it.
+    leaf is gathered along it. Unstructured masks compare all entries of a leaf, and gather it.
     """
     # Masks have no gradient, and the arithmetic of solvers need not be differentiable.
     scores = [jax.lax.stop_gradient(score) for score in scores]

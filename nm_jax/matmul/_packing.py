@@ -158,7 +158,7 @@ def pack(
 
     Returns:
       The packed weight. Under `jit`, of a group with more than two entries to keep, the two largest magnitudes are
-      kept (NaN counts as the largest, then the lower position wins), and `overfull` says how many groups had more.
+      kept (NaN counts as the largest, then the lower position wins), and `overfull` is the share of such groups.
 
     Raises:
       ValueError: for a group with more than two entries to keep (when they are concrete), or axes that do not fit.

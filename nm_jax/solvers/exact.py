@@ -65,15 +65,12 @@ class Exact(Solver):
     the sign when there are negative ones and exactly n are kept); the mask is optimal on that grid for all scores, ties
     included. Dual coordinate descent solves most blocks, shortest augmenting paths the rest (see the module).
 
-    Proof: the gap is 0 for every block. Temporary memory: 4 bytes per entry, of the slabs that `nm_jax.solve` and
+    Proof: the gap is 0 for every block. Temporary memory: about 5 bytes per entry, of the slabs that `nm_jax.solve` and
     `nm_jax.compute_masks` pass on, of all blocks in a call of your own.
 
-    Cost: on two CPU cores millions of blocks of 2:4 and 4:8 per second, half a million of 8:16 and 100,000 of 16:32.
-    At most n takes one to four times as long on most kinds of scores, and 30 to 130 times as long as exactly n on
-    sorted and rank-one blocks. Blocks of few
-    different values take longer, 11,000 a second at 16:32 on binary scores: prices cannot tell tied entries apart,
-    phase 1 proves hardly any block, and phase 2 has a unit astray in one of four columns, most paths of which cross, so
-    that it takes about eight rounds. Any m up to 32; `MinCostFlow` takes larger ones.
+    Cost: the results in the documentation have blocks per second. At most n takes longer, most of all on sorted and
+    rank-one blocks. Blocks of few different values take longer too: prices cannot tell tied entries apart, so that
+    phase 2 has more of them. Any m up to 32; `MinCostFlow` takes larger ones.
 
     Args:
       chunk: blocks that are taken at a time; `None` chooses what fits the cache.

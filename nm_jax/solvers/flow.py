@@ -24,8 +24,8 @@ class MinCostFlow(Solver):
     When all agents have a slot, n entries of every column and of every row are kept. For *at most n*, every row has n
     more discard slots, and idle agents, worth nothing, may take these or the keep slots.
 
-    Cost: an assignment over m^2 agents (m^2 + n*m for at most n) per block, about 10,000 blocks of 4:8 per second and
-    core: the choice for masks that are found once, and the oracle of the tests. Under `jax.jit` it is a host callback.
+    Cost: an assignment over m^2 agents (m^2 + n*m for at most n) per block, one after another: for masks that are found
+    once, and the oracle of the tests. Under `jax.jit` it is a host callback.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -17,8 +17,8 @@ scipy = lazy_loader.load("scipy")  # loaded when a block is solved
 class IntegerProgram(Solver):
     """The optimum, block by block on the host with `scipy.optimize.milp`, as Eq. 3 states it.
 
-    It is here because the paper compares against it: about 250 blocks per second and core. Optimal within the
-    tolerances of the HiGHS solver (about 1e-6 of the largest score). Under `jax.jit` it is a host callback.
+    It is here because the paper compares against it. Optimal within the tolerances of the HiGHS solver (about 1e-6 of
+    the largest score). Under `jax.jit` it is a host callback.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import tracemalloc
 from concurrent.futures import CancelledError
 
 import jax.numpy as jnp
@@ -249,3 +250,17 @@ def test_a_mask_is_not_looked_for_any_longer(monkeypatch):
     with pytest.raises(CancelledError):
         tiles.find_mask(weight, SparseLeaf("w", (32, 32), nm.NM(2, 4), "oi"), nm.solvers.TopK(), stopped=stopped)
     assert len(asked) == 3
+
+
+@pytest.mark.slow
+def test_memory_is_a_few_times_the_largest_tensor(tmp_path):
+    """Not that of the file, which has sixteen."""
+    size = 4 * 1024 * 1024
+    weight = normal(0, (1024, 1024))
+    save_file({f"layers.{k}.fc.weight": weight + k for k in range(16)}, tmp_path / "in")
+    nm.prune_checkpoint(tmp_path / "in", tmp_path / "warm", "2:4")
+    tracemalloc.start()
+    nm.prune_checkpoint(tmp_path / "in", tmp_path / "out", "2:4")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < peak < 8 * size

@@ -1,9 +1,12 @@
 """Every code block of the README and of the documentation does what it says.
 
 The Python blocks of a page run one after another, in one namespace, after the page's hidden comments
-`<!-- setup ... -->`. Lines of `bash` blocks that call `nm-jax` are run; other commands must be known ones.
+`<!-- setup ... -->`. A `text` block after one is what that printed. Lines of `bash` blocks that call `nm-jax` are run;
+other commands must be known ones.
 """
 
+import contextlib
+import io
 import pathlib
 import re
 import shlex
@@ -43,19 +46,22 @@ def run_command(line):
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    namespace = {"__name__": "page"}
+    namespace, printed = {"__name__": "page"}, io.StringIO()
     for language, code, line in blocks(page):
         if language == "python":
             # Line numbers of the page, for whoever reads a traceback; JAX as it is by default.
-            with jax.numpy_rank_promotion("allow"):
+            printed = io.StringIO()
+            with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(printed):
                 exec(compile("\n" * line + code, str(page), "exec"), namespace)
         elif language == "bash":
             for command in code.replace("\\\n", " ").splitlines():
                 if command.startswith("nm-jax "):
                     run_command(command)
                 assert not command.strip() or command.startswith(("#", *_KNOWN)), f"{page.name}: {command}"
+        elif language == "text":
+            assert [line.rstrip() for line in printed.getvalue().splitlines()] == code.splitlines()
         else:
-            assert language in ("text", "json", "yaml", "toml"), f"{page.name}:{line}: blocks of {language!r}?"
+            assert language in ("console", "json", "yaml", "toml"), f"{page.name}:{line}: blocks of {language!r}?"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

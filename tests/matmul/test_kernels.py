@@ -317,6 +317,9 @@ def test_supports_gives_the_reason(name, monkeypatch):
     assert "device is" in supports(jnp.bfloat16, 1024, 1024, 1024, device=jax.devices("cpu")[0])
     assert "padding would multiply the work by" in supports(jnp.bfloat16, 40, 1024, 1024)
     assert "empty" in supports(jnp.bfloat16, 0, 1024, 1024)
+    fewest = {"hopper": 52, "ampere": 103}[name]
+    assert supports(jnp.bfloat16, fewest, 1024, 1024) is None
+    assert "padding" in supports(jnp.bfloat16, fewest - 1, 1024, 1024)
     monkeypatch.setattr(mosaic, "UNAVAILABLE", "jax lacks it")
     assert supports(jnp.bfloat16, 1024, 1024, 1024) == "jax lacks it"
 

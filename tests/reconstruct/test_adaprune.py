@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import nm_jax as nm
+from nm_jax._reconstruct import _adaprune
 
 
 def network():
@@ -72,6 +73,16 @@ def test_a_model_without_its_biases_and_some_of_its_layers():
         np.testing.assert_array_equal(new["layer0"]["kernel"], params["layer0"]["kernel"] * masks["layer0"]["kernel"])
         assert new["layer1"]["bias"] is params["layer1"]["bias"]
         assert report["layer0/kernel"].after is None and "masked only" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "passes"), [("parallel", 1), ("sequential", 2)])
+def test_a_pass_over_the_inputs_for_all_layers_or_for_each(order, passes, monkeypatch):
+    params, x = network()
+    seen = []
+    monkeypatch.setattr(_adaprune, "gram", lambda *args, **kwargs: seen.append(args) or nm.gram(*args, **kwargs))
+    nm.adaprune(apply, params, nm.compute_masks(params, RULES), [x], order=order)
+    assert len(seen) == passes
 
 
 def test_adam_on_a_model():

@@ -125,3 +125,14 @@ def test_batch_norm_of_other_names_says_what_to_do():
         [jnp.array([[1.0], [3.0]])],
     )
     np.testing.assert_allclose(tuned["bn.var"], 1)
+
+
+def test_batch_norm_runs_the_network_once_for_each_batch_and_once_more():
+    calls = []
+
+    def update(stats, x):
+        calls.append(x)
+        return {"mean": 0.9 * stats["mean"] + 0.1 * x.mean(0), "var": 0.9 * stats["var"] + 0.1 * x.var(0)}
+
+    nm.tune_batch_norm(update, {"mean": jnp.zeros(3), "var": jnp.ones(3)}, [jnp.ones((4, 3))] * 5)
+    assert len(calls) == 6

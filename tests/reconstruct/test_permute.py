@@ -58,6 +58,13 @@ def test_a_model_keeps_more_and_computes_the_same(pattern):
     assert "moved" in str(report) and "of the model" in str(report)
 
 
+@pytest.mark.slow
+def test_arrays_that_do_not_move_are_the_same_ones():
+    params = {**PARAMS, "last": normal(2)}
+    new, _ = nm.permute(lambda p, x: forward(p, x) + p["last"], params, X, pattern="2:4", rounds=1)
+    assert new["last"] is params["last"] and new["up"] is not params["up"]
+
+
 def test_the_orders_of_the_report_are_those_of_the_parameters():
     new, report = nm.permute(forward, PARAMS, X, pattern="2:4", seed=1)
     again, _ = nm.permute(forward, PARAMS, X, pattern="2:4", seed=1)
