@@ -112,18 +112,9 @@ def kernels(device: jax.Device) -> tuple[list[nm.matmul.Implementation], dict[st
     return able, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def configurations(kernel: nm.matmul.Implementation) -> dict[str, Callable]:
-    """Products of a kernel by the configuration that it runs in, the most promising first."""
-    module = {"hopper": nm.matmul.hopper, "ampere": nm.matmul.ampere}.get(kernel.name)
-    if module is None:
-        return {"the only one": kernel.product}
-    found: dict[str, Callable] = {}
-    for options in HOPPER if kernel.name == "hopper" else AMPERE:
-        config = module.Config(**options)
-        found[", ".join(f"{name}={value}" for name, value in options.items())] = functools.partial(
-            module.product, config=config
-        )
-    return found
+def configurations(kernel: nm.matmul.Implementation) -> list[dict[str, int]]:
+    """Configurations of a kernel, the most promising first; one that is empty for a kernel that has none."""
+    return {"hopper": HOPPER, "ampere": AMPERE}.get(kernel.name, [{}])
 
 
 HOPPER_TILES = [  # tokens, groups, columns of a stage, stages
@@ -188,8 +179,11 @@ def time_kernels(session: Session, able: Sequence[nm.matmul.Implementation], siz
 
     def sweep(shape):
         for kernel in able:
-            for name, product in configurations(kernel).items():
-                key = {"implementation": kernel.name, "configuration": name}
+            for settings in configurations(kernel):
+                product = kernel.product
+                if settings and kernel.config is not None:
+                    product = functools.partial(product, config=kernel.config(**settings))
+                key: dict[str, Any] = {"implementation": kernel.name, "configuration": settings}
                 key |= _named(shape)
                 session.row("configurations", key, bench_configuration, product, shape, "bfloat16", sizes.repeats)
 
@@ -210,28 +204,34 @@ def _named(shape: Shape) -> dict[str, Any]:
     return dict(zip(("tokens", "rows", "k"), shape, strict=True))
 
 
-def measurements(products: list[dict], device: jax.Device) -> list[nm.matmul.Measurement]:
-    """What the default choice consults. Packing is what it adds when it is part of the same program."""
+def measurements(result: dict, device: jax.Device) -> list[nm.matmul.Measurement]:
+    """What the default choice consults: all products, and the best configuration of each kernel at each shape. Packing
+    is what it adds when it is part of the same program, in whatever configuration."""
     found = []
-    for row in products:
+    best = {(row["implementation"], _sizes(row)): row for row in best_configurations(result.get("configurations", []))}
+    for row in result.get("products", []):
         if (seconds := row.get("seconds")) is None:
             continue
         packing = max(seconds["sparse and packing"] - seconds["sparse"], 0.0)
         origin = (device.device_kind, row["implementation"], row["version"], jax.__version__, row["dtype"])
-        sizes = (row["tokens"], row["rows"], row["k"])
-        found.append(nm.matmul.Measurement(*origin, *sizes, seconds["dense"], seconds["sparse"], packing))
+        shape = (row["tokens"], row["rows"], row["k"])
+        found.append(nm.matmul.Measurement(*origin, *shape, seconds["dense"], seconds["sparse"], packing))
+        fastest = best.get((row["implementation"], _sizes(row)))
+        if fastest is not None and fastest["configuration"] and (row["side"], row["dtype"]) == ("backward", "bfloat16"):
+            times = fastest["dense"], fastest["sparse"], packing
+            found.append(nm.matmul.Measurement(*origin, *shape, *times, tuple(fastest["configuration"].items())))
     return found
 
 
-def best_configurations(rows: Sequence[dict]) -> dict[str, str]:
-    """The fastest right configuration of each kernel at each shape, in words."""
-    best: dict[str, dict] = {}
+def best_configurations(rows: Sequence[dict]) -> list[dict]:
+    """The fastest right configuration of each kernel at each shape."""
+    best: dict[tuple, dict] = {}
     for row in rows:
         if row.get("error", 2.0) <= 1:
-            key = f"{row['implementation']}, {_sizes(row)}"
+            key = row["implementation"], _sizes(row)
             if key not in best or row["sparse"] < best[key]["sparse"]:
                 best[key] = row
-    return {key: f"{row['configuration']}: {row['dense'] / row['sparse']:.2f} times dense" for key, row in best.items()}
+    return list(best.values())
 
 
 def measure(run: Run) -> dict:
@@ -256,9 +256,8 @@ def measure(run: Run) -> dict:
         return result
     if right := [kernel for kernel in able if not wrong(result["checks"][kernel.name])]:
         time_kernels(Session(run, result, begin + run.args.budget), right, sizes)
-        result["best"] = best_configurations(result.get("configurations", []))
         profile = run.args.profile or (run.path.with_suffix(".profile") if dry else None)
-        profile = nm.matmul.save_profile(measurements(result.get("products", []), device), profile)
+        profile = nm.matmul.save_profile(measurements(result, device), profile)
         run.console.print(f"wrote {profile}, which implementation=None now consults")
     elif not able:
         result["default"] = [bench_default(shape, sizes.repeats) for shape in sizes.default]
@@ -280,7 +279,7 @@ def tables(result: dict) -> list[Table]:
         found.append(Table("products", header, [*map(_product, result["products"])], "Times the speed of dense"))
     if "configurations" in result:
         compared = [
-            (row["implementation"], row["configuration"], _sizes(row), *_configuration(row))
+            (row["implementation"], _settings(row), _sizes(row), *_configuration(row))
             for row in result["configurations"]
         ]
         columns: tuple[str, ...] = (
@@ -290,7 +289,11 @@ def tables(result: dict) -> list[Table]:
             "speed / dense",
             "error / allowed",
         )
-        notes = "; ".join(f"best of {key}: {words}" for key, words in result["best"].items())
+        best = [
+            f"{row['implementation']}, {_sizes(row)}: {_settings(row)}, {row['dense'] / row['sparse']:.2f} times dense"
+            for row in best_configurations(result["configurations"])
+        ]
+        notes = f"Best of {'; of '.join(best)}." if best else ""
         found.append(Table("configurations", columns, compared, "Configurations", notes))
     if "training_steps" in result:
         steps = [
@@ -323,6 +326,10 @@ def tables(result: dict) -> list[Table]:
 
 def _sizes(row: dict, *names: str) -> str:
     return " x ".join(str(row[name]) for name in names or ("tokens", "rows", "k"))
+
+
+def _settings(row: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in row["configuration"].items()) or "the only one"
 
 
 def _times(row: dict, name: str) -> str:

@@ -1,8 +1,10 @@
 """Which implementation runs a product."""
 
+import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 
 from nm_jax.matmul import reference
 from nm_jax.matmul._compress import compress
-from nm_jax.matmul._profile import load_profile, profile_path
+from nm_jax.matmul._profile import Measurement, load_profile, profile_path
 from nm_jax.matmul.base import Implementation, Product
 from nm_jax.matmul.menu import IMPLEMENTATIONS
 
@@ -26,7 +28,8 @@ def choose(
     A named one is taken, or refused with its reason. `None` takes, of the kernels that support the product on the
     device, the one expected to gain the most over the dense product, by what was measured on this kind of device
     (`Measurement.expected_gain`). Where none is, and under a mesh that the compiler partitions, it is the dense
-    product; on a GPU a warning says why, once for each reason.
+    product; on a GPU a warning says why, once for each reason. Either way a kernel runs in the configuration that was
+    measured to be the fastest at the nearest shape, where the product is not less than half of it in any size.
 
     Args:
       wanted: `"hopper"`, `"ampere"`, `"reference"`, an `Implementation`, or `None`.
@@ -42,6 +45,8 @@ def choose(
     device = device or default_device()
     if wanted is not None:
         implementation = _named(wanted)
+        if isinstance(wanted, str) and (best := _nearest(implementation, product, device)):
+            implementation = _as_measured(implementation, best, product, device)
         if reason := _refusal(implementation, product, device):
             raise ValueError(
                 f"implementation {implementation.name!r} cannot run this product on {device.device_kind}: {reason}; "
@@ -63,9 +68,9 @@ def _expected_to_gain(product: Product, device: jax.Device) -> tuple[Implementat
     """The kernel expected to gain the most that can run, or `None` and why each is none."""
     reasons, gains = [], []
     for kernel in (i for i in IMPLEMENTATIONS if i.is_kernel):
-        gain, why = _expected_gain(kernel, product, device)
-        if gain > 1:
-            gains.append((gain, kernel))
+        best, why = _expected_gain(kernel, product, device)
+        if best is not None:
+            gains.append((best.expected_gain(product), _as_measured(kernel, best, product, device)))
         else:
             reasons.append(f"{kernel.name}: {kernel.supports(product, device) or why}")
     for _, kernel in sorted(gains, key=lambda pair: -pair[0]):
@@ -76,12 +81,11 @@ def _expected_to_gain(product: Product, device: jax.Device) -> tuple[Implementat
     return None, reasons
 
 
-def _expected_gain(kernel: Implementation, product: Product, device: jax.Device) -> tuple[float, str]:
-    """How many times faster than dense a kernel should be, by the nearest measurement (of equally near ones, by the one
-    that promises least), and that in words; 0 where nothing was measured."""
-    measured = [m for m in load_profile() if m.device == device.device_kind and m.implementation == kernel.name]
+def _expected_gain(kernel: Implementation, product: Product, device: jax.Device) -> tuple[Measurement | None, str]:
+    """The measurement by which a kernel should be faster than dense, or `None` and why there is none."""
+    measured = _measured(kernel, device)
     if not measured:
-        return 0.0, f"it was not measured on this device (no entry in {profile_path()}); {MEASURE}"
+        return None, f"it was not measured on this device (no entry in {profile_path()}); {MEASURE}"
     current = [m for m in measured if m.version == kernel.version]
     if len(current) < len(measured):
         warn_once(
@@ -89,23 +93,66 @@ def _expected_gain(kernel: Implementation, product: Product, device: jax.Device)
             f"not count; {MEASURE}"
         )
     if not current:
-        return 0.0, f"this version of it was not measured; {MEASURE}"
+        return None, f"this version of it was not measured; {MEASURE}"
+    if (best := _nearest(kernel, product, device)) is None:
+        return None, f"it was not measured in {product.dtype.name}; {MEASURE}"
+    if best.dtype != product.dtype.name:
+        warn_once(
+            f"the sparse kernel {kernel.name!r} was not measured in {product.dtype.name}, and is taken to run as "
+            f"it was measured in {best.dtype}; {MEASURE}"
+        )
+    if best.jax != jax.__version__:
+        warn_once(f"{profile_path()} was measured with jax {best.jax}, and this is {jax.__version__}; {MEASURE}")
+    if (gain := best.expected_gain(product)) > 1:
+        return best, ""
+    shape = " x ".join(map(str, (best.tokens, best.rows, best.k)))
+    return None, f"going by what was measured at {shape}, it is expected to run at {gain:.2f} times the dense speed"
+
+
+def _measured(kernel: Implementation, device: jax.Device) -> list[Measurement]:
+    return [m for m in load_profile() if m.device == device.device_kind and m.implementation == kernel.name]
+
+
+def _nearest(kernel: Implementation, product: Product, device: jax.Device) -> Measurement | None:
+    """What counts for a product of all that was measured of this version of a kernel, in the dtype or, if there is
+    nothing, in the other half: at the nearest shape, the configuration that promises most. Of several measurements of
+    one configuration, as forward and backward, the one that promises least."""
+    current = [m for m in _measured(kernel, device) if m.version == kernel.version]
     near = [m for m in current if m.dtype == product.dtype.name]
     if not near and product.dtype.name in _HALVES:
         near = [m for m in current if m.dtype in _HALVES]
-        if near:
-            warn_once(
-                f"the sparse kernel {kernel.name!r} was not measured in {product.dtype.name}, and is taken to run as "
-                f"it was measured in {near[0].dtype}; {MEASURE}"
-            )
     if not near:
-        return 0.0, f"it was not measured in {product.dtype.name}; {MEASURE}"
-    best = min(near, key=lambda m: (m.distance(product), m.expected_gain(product)))
-    if best.jax != jax.__version__:
-        warn_once(f"{profile_path()} was measured with jax {best.jax}, and this is {jax.__version__}; {MEASURE}")
-    gain = best.expected_gain(product)
-    shape = " x ".join(map(str, (best.tokens, best.rows, best.k)))
-    return gain, f"going by what was measured at {shape}, it is expected to run at {gain:.2f} times the dense speed"
+        return None
+    least = min(m.distance(product) for m in near)
+    at = [m for m in near if m.distance(product) == least]
+
+    def gain(measurement):
+        return measurement.expected_gain(product)
+
+    return max((min((m for m in at if m.config == config), key=gain) for config in {m.config for m in at}), key=gain)
+
+
+def _as_measured(kernel: Implementation, best: Measurement, product: Product, device: jax.Device) -> Implementation:
+    """The kernel in the configuration of a measurement, if that covers the product and fits it; or else as it is."""
+    if best.config is None or not best.covers(product):
+        return kernel
+    try:
+        shaped = _configured(kernel, best.config)
+    except (TypeError, ValueError) as error:
+        warn_once(f"{profile_path()}: {kernel.name} has no configuration {dict(best.config)} ({error}); {MEASURE}")
+        return kernel
+    return kernel if shaped.supports(product, device) else shaped
+
+
+@functools.cache
+def _configured(kernel: Implementation, settings: tuple[tuple[str, int], ...]) -> Implementation:
+    """One object for each configuration, so that programs are compiled once."""
+    if kernel.config is None:
+        raise ValueError("it has none at all")
+    config = kernel.config(**dict(settings))
+    parts: Any = kernel.supports, kernel.product
+    supports, product = (functools.partial(part, config=config) for part in parts)
+    return dataclasses.replace(kernel, supports=supports, product=product)
 
 
 def _refusal(implementation: Implementation, product: Product, device: jax.Device) -> str | None:

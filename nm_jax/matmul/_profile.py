@@ -34,6 +34,7 @@ class Measurement:
       dense: the dense product.
       sparse: the sparse product of a packed weight.
       packing: packing the weight.
+      config: the configuration of the kernel that was measured, names and values; `None`: the one it chose itself.
 
     Examples:
       >>> import nm_jax as nm
@@ -56,6 +57,7 @@ class Measurement:
     dense: float
     sparse: float
     packing: float
+    config: tuple[tuple[str, int], ...] | None = None
 
     def expected_gain(self, product: Product) -> float:
         """How many times faster than dense a product of this dtype should be.
@@ -74,6 +76,11 @@ class Measurement:
     def distance(self, product: Product) -> float:
         """How far the shape of a product is: the sum of |log2| of the ratios of sizes."""
         return sum(map(abs, self._ratios(product)))
+
+    def covers(self, product: Product) -> bool:
+        """Whether a product is at least half as large as this one in every size: what is best for one should be good
+        for the other."""
+        return max(self._ratios(product)) <= 1
 
     def _ratios(self, product: Product) -> list[float]:
         own = (self.tokens, self.rows, self.k)
@@ -149,6 +156,12 @@ def load_profile(path: str | os.PathLike | None = None) -> tuple[Measurement, ..
 def _read(path: pathlib.Path, modified: int) -> tuple[Measurement, ...]:
     del modified  # part of the key: a file that changed is read again
     try:
-        return tuple(Measurement(**entry) for entry in json.loads(path.read_text()))
+        return tuple(Measurement(**_tuples(entry)) for entry in json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no profile of products ({error}); delete it and measure again") from error
+
+
+def _tuples(entry: dict) -> dict:
+    """An entry as it was before it was JSON, which has lists."""
+    config = entry.get("config")
+    return entry if config is None else entry | {"config": tuple((name, value) for name, value in config)}

@@ -16,21 +16,21 @@ MOST_PADDING = 1.25
 """Padding pays while the padded product has at most this many times the multiplications of the product itself."""
 
 
-def misfit(product: Product, tiles: Sequence[int], device: Any, capability: range) -> str | None:
+def misfit(product: Product, tiles: Sequence[int], device: Any, capabilities: Sequence[range]) -> str | None:
     """Why a kernel cannot, or should not, run a product on a device, or `None`.
 
     Args:
       product: what is to be computed.
       tiles: sizes of a tile along its tokens, rows and k.
       device: a `jax.Device`.
-      capability: compute capabilities that the kernel runs on, times ten.
+      capabilities: compute capabilities that the kernel runs on, times ten.
     """
     if product.dtype not in PTX_TYPES:
         return f"the dtype is {product.dtype.name}, and sparse tensor cores take bfloat16 or float16 here"
     found = compute_capability(device)
-    if found is None or found not in capability:
-        wanted = f"{capability.start / 10} to {capability[-1] / 10}" if len(capability) > 1 else capability.start / 10
-        return f"the device is {device.device_kind}, and the kernel needs compute capability {wanted}"
+    if found is None or not any(found in each for each in capabilities):
+        wanted = [f"{c[0] / 10} to {c[-1] / 10}" if len(c) > 1 else f"{c[0] / 10}" for c in capabilities]
+        return f"the device is {device.device_kind}, and the kernel needs compute capability {' or '.join(wanted)}"
     sizes = product.sizes
     if 0 in sizes:
         return f"the product is empty: tokens, rows, k = {sizes}"

@@ -1,4 +1,4 @@
-"""2:4 products on Ampere's sparse tensor cores: `mma.sp` in a Pallas Mosaic GPU kernel.
+"""2:4 products on the sparse tensor cores of Ampere and its kin: `mma.sp` in a Pallas Mosaic GPU kernel.
 
 A block computes Y^T = A X^T for 128 rows of A and 128 rows of X, with four warps of 64 x 64 that keep their sums in
 registers. `stages` tiles are on their way from memory at a time (`cp.async`); `ldmatrix` reads them from swizzled
@@ -22,13 +22,14 @@ from nm_jax.matmul._fragments import CHUNK, lane_words
 from nm_jax.matmul._tiles import check_operands, check_tile_k, compute_capability, misfit, pad_operands
 from nm_jax.matmul.base import Product
 
-CAPABILITY = range(80, 90)
+# Ampere, Ada, and the GPUs of Blackwell for workstations, which have these instructions and not those of `tcgen05`.
+CAPABILITIES = (range(80, 90), range(120, 122))
 FIRST_JAX = (0, 11, 2)
 TILE = 128  # rows of A, and of X, that a block multiplies
 WORD_WARPS = TILE // 16  # lane words come for 16 rows at a time
 # What a block may use of shared memory, by compute capability times ten (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def supports(product: Product, device: jax.Device, config: Config | None = None)
     config = config or default_config(*product.sizes)
     return (
         _too_old()
-        or misfit(product, config.tiles, device, CAPABILITY)
+        or misfit(product, config.tiles, device, CAPABILITIES)
         or _too_large(config, device)
         or _kernel().unavailable()
     )

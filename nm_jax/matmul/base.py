@@ -69,6 +69,8 @@ class Implementation:
         and dtype, before its first use.
       version: to be raised when a change makes it faster or slower: what was measured of another version does not
         count.
+      config: the class of its configurations, if it has any: a frozen dataclass of numbers. `supports` and `product`
+        then take one as `config=`, and choose one themselves for `None`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -86,6 +88,7 @@ class Implementation:
     product: Callable[[SparseMatrix, Float[Array, "tokens k"]], Float[Array, "tokens rows"]]
     is_kernel: bool = True
     version: int = 1
+    config: Callable[..., Any] | None = None
 
 
 def is_multiplied(dtype: jax.typing.DTypeLike) -> bool:

@@ -21,7 +21,7 @@ from nm_jax.matmul._hopper_cost import best_raster, cycles
 from nm_jax.matmul._tiles import MOST_PADDING, check_operands, check_tile_k, misfit, pad_operands, padding
 from nm_jax.matmul.base import Product
 
-CAPABILITY = range(90, 91)  # wgmma exists on compute capability 9.0 only
+CAPABILITIES = (range(90, 91),)  # wgmma exists on compute capability 9.0 only
 GROUP_ROWS = 64  # rows of one warpgroup
 SHARED_BYTES = 227 * 1024  # what a block may use of shared memory
 WARPS = 4  # of a warpgroup
@@ -119,7 +119,7 @@ def supports(product: Product, device: jax.Device, config: Config | None = None)
     are refused, for instance.
     """
     config = config or default_config(*product.sizes)
-    return misfit(product, config.tiles, device, CAPABILITY) or _kernel().unavailable()
+    return misfit(product, config.tiles, device, CAPABILITIES) or _kernel().unavailable()
 
 
 def product(

@@ -14,8 +14,8 @@ from nm_jax.matmul import ampere, hopper, reference
 from nm_jax.matmul.base import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("hopper", hopper.supports, hopper.product, version=2),
-    Implementation("ampere", ampere.supports, ampere.product),
+    Implementation("hopper", hopper.supports, hopper.product, version=2, config=hopper.Config),
+    Implementation("ampere", ampere.supports, ampere.product, config=ampere.Config),
     Implementation("reference", reference.supports, reference.product, is_kernel=False),
 )
 """What `implementation=` knows by name."""

@@ -33,7 +33,7 @@ gpu_device_info {{
   threads_per_warp: 32
   shared_memory_per_block: 49152
   shared_memory_per_core: {shared_core}
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {threads}
   core_count: {cores}
   fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647
@@ -56,6 +56,7 @@ GPUS = {
     "a100": {
         "name": "NVIDIA A100-SXM4-80GB",
         "major": 8,
+        "threads": 2048,
         "cores": 108,
         "fpus": 64,
         "clock": 1.41,
@@ -67,6 +68,7 @@ GPUS = {
     "h100": {
         "name": "NVIDIA H100 80GB HBM3",
         "major": 9,
+        "threads": 2048,
         "cores": 132,
         "fpus": 128,
         "clock": 1.98,
@@ -75,9 +77,21 @@ GPUS = {
         "shared_core": 233472,
         "shared_block": 232448,
     },
+    "rtx5090": {
+        "name": "NVIDIA GeForce RTX 5090",
+        "major": 12,
+        "threads": 1536,
+        "cores": 170,
+        "fpus": 128,
+        "clock": 2.41,
+        "bandwidth": 1792 * 10**9,
+        "cache": 96 * 2**20,
+        "shared_core": 102400,
+        "shared_block": 101376,
+    },
 }
 DUMPS = ("*.ptx", "*.ptxas")
-KERNELS = {"a100": ampere, "h100": hopper}
+KERNELS = {"a100": ampere, "h100": hopper, "rtx5090": ampere}
 HALVES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
 
 

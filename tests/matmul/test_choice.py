@@ -212,6 +212,77 @@ def test_profiles_are_saved_and_merged(machine, tmp_path, monkeypatch):
     assert profile_path() == tmp_path / "nm_jax" / "matmul.json"
 
 
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    size: int = 64
+    stages: int = 2
+
+
+def tiled(product, device, config=None):
+    """Tiles must not be larger than the tokens."""
+    del device
+    return None if product.tokens >= (config or Tile()).size else f"{config} is too large"
+
+
+TILED = Implementation("fast", tiled, lambda a, x, config=None: reference.product(a, x), config=Tile)
+
+
+def settings(chosen):
+    """The configuration that was chosen; `None`: the kernel's own."""
+    return chosen.product.keywords["config"] if isinstance(chosen.product, functools.partial) else None
+
+
+def test_a_kernel_runs_in_the_configuration_that_was_measured_to_be_the_fastest(machine):
+    machine(TILED)
+    large, small = (("size", 256), ("stages", 3)), (("size", 32),)
+    save_profile(
+        [
+            MEASURED,
+            dataclasses.replace(MEASURED, sparse=0.5, config=large),
+            dataclasses.replace(MEASURED, sparse=0.4, config=small),
+            dataclasses.replace(MEASURED, sparse=0.7, config=small),  # the other side; the slower one counts
+            dataclasses.replace(MEASURED, tokens=512, sparse=0.4, packing=0.01, config=small),
+        ]
+    )
+    assert settings(ask()) == settings(ask(tokens=8192)) == settings(ask(rows=512)) == Tile(256, 3)
+    assert settings(ask(tokens=512)) == Tile(32)
+    assert settings(ask(rows=400, packed=True)) is None  # not half of what was measured
+    assert ask() is ask(tokens=8192)  # one object, so that programs are compiled once
+    assert settings(_choice.choose("fast", ASKED, GPU)) == Tile(256, 3)
+    assert settings(_choice.choose(TILED, ASKED, GPU)) is None
+    with pytest.raises(ValueError, match="too large"):
+        _choice.choose("fast", dataclasses.replace(ASKED, tokens=16), GPU)
+
+
+def test_a_configuration_that_does_not_fit_or_does_not_exist_is_left_aside(machine):
+    machine(TILED)
+    measure(config=(("size", 5000),))
+    assert ask() is TILED  # its tile is larger than the 4096 tokens
+    for kernel, config, why in [
+        (TILED, (("width", 3),), "unexpected keyword argument 'width'"),
+        (dataclasses.replace(TILED, config=None), (("size", 3),), "it has none at all"),
+    ]:
+        machine(kernel)
+        measure(config=config)
+        with pytest.warns(UserWarning, match=f"fast has no configuration .*{why}.*run python"):
+            assert ask() is kernel
+
+
+def test_a_configuration_survives_its_file(machine):
+    kept = dataclasses.replace(MEASURED, config=(("size", 256), ("stages", 3)))
+    save_profile([kept])
+    assert load_profile() == (kept,)
+
+
+@pytest.mark.parametrize("kernel", [i for i in IMPLEMENTATIONS if i.is_kernel], ids=lambda i: i.name)
+def test_the_kernels_take_their_configurations(kernel):
+    shaped = _choice._configured(kernel, (("tile_k", 128), ("stages", 2)))
+    assert settings(shaped) == shaped.supports.keywords["config"] == kernel.config(tile_k=128, stages=2)
+
+
 # ------------------------------------------------------------------------------------------------------ self-checks
 
 

@@ -3,6 +3,7 @@
 pip install -e '.[test,gpu-compile]' && python -m pytest -m gpu_compile -n 0
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.gpu_compile
 old_for_ampere = pytest.mark.skipif(
     jax.__version_info__ < ampere.FIRST_JAX, reason=f"jax {jax.__version__} cannot compile for Ampere"
 )
+AMPERES = {"a100": "sm_80", "rtx5090": "sm_120a"}
 GPUS = ["h100", pytest.param("a100", marks=old_for_ampere)]
 
 
@@ -29,8 +31,8 @@ GPUS = ["h100", pytest.param("a100", marks=old_for_ampere)]
 def workers():
     if (reason := compiling.missing()) is not None:
         pytest.skip(reason)
-    with compiling.worker() as a100, compiling.worker() as h100:
-        yield {"a100": a100, "h100": h100}
+    with contextlib.ExitStack() as stack:
+        yield {gpu: stack.enter_context(compiling.worker()) for gpu in compiling.GPUS}
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +162,30 @@ def test_the_interpreter_notices_shared_memory_that_is_not_aligned(compiled):
 
 
 @old_for_ampere
+@pytest.mark.parametrize("gpu", AMPERES)
 @pytest.mark.parametrize("half", ["bf16", "f16"])
-def test_ampere(compiled, half):
-    found = compiled(compiling.product, "a100", ampere.Config(), 512, 512, 1024, half)
+def test_ampere(compiled, half, gpu):
+    found = compiled(compiling.product, gpu, ampere.Config(), 512, 512, 1024, half)
     [program], [report] = found.ptx, found.reports
     instruction = f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{half}.{half}.f32"
-    assert ".target sm_80" in program
+    assert f".target {AMPERES[gpu]}" in program
     assert program.count("mma.sp") == program.count(instruction) > 0 and "mma.sync" not in program
     assert_no_spills(report)
 
 
 @old_for_ampere
-@pytest.mark.parametrize(("config", "half"), [(ampere.Config(), "bf16"), (ampere.Config(tile_k=128, stages=2), "f16")])
-def test_ampere_ptx_gives_the_product(compiled, config, half):
-    """Every instruction that an A100 would run, on metadata with all pairs of patterns."""
+@pytest.mark.parametrize(
+    ("gpu", "config", "half"),
+    [
+        ("a100", ampere.Config(), "bf16"),
+        ("a100", ampere.Config(tile_k=128, stages=2), "f16"),
+        ("rtx5090", ampere.Config(), "f16"),
+    ],
+)
+def test_ampere_ptx_gives_the_product(compiled, gpu, config, half):
+    """Every instruction that an A100 or its kin would run, on metadata with all pairs of patterns."""
     tokens, rows, k = 256, 256, 640
-    [program] = compiled(compiling.product, "a100", config, tokens, rows, k, half).ptx
+    [program] = compiled(compiling.product, gpu, config, tokens, rows, k, half).ptx
     weights, values, metadata, x = problem(tokens, rows, k, half)
     words = lane_words(ampere.reorder(metadata), ampere.WORD_WARPS)
     y = np.full((tokens, rows), np.nan, x.dtype)

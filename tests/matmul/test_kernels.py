@@ -300,8 +300,8 @@ def test_supports_by_device(monkeypatch):
         for capability in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx942")
     }
     assert found.pop("9.0") == ["hopper"]
-    assert {capability for capability, names in found.items() if names == ["ampere"]} == {"8.0", "8.6", "8.9"}
-    assert [names for names in found.values() if names].count(["ampere"]) == 3
+    assert {capability for capability, names in found.items() if names == ["ampere"]} == {"8.0", "8.6", "8.9", "12.0"}
+    assert [names for names in found.values() if names].count(["ampere"]) == 4
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -324,7 +324,9 @@ def test_supports_gives_the_reason(name, monkeypatch):
     assert supports(jnp.bfloat16, 1024, 1024, 1024) == "jax lacks it"
 
 
-@pytest.mark.parametrize(("capability", "fits"), [("8.0", True), ("8.6", False), ("8.7", True), ("8.9", False)])
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("8.0", True), ("8.6", False), ("8.7", True), ("8.9", False), ("12.0", False)]
+)
 def test_the_shared_memory_of_each_ampere_is_respected(capability, fits, monkeypatch):
     monkeypatch.setattr(ampere, "FIRST_JAX", (0, 10, 0))
     product, device = Product(jnp.bfloat16, 4096, 4096, 4096), gpu(capability)
