@@ -10,13 +10,13 @@ import nm_jax as nm
 from experiments.configs.study import Preset
 from experiments.data import coco, coco_score, shapes
 from experiments.data.detection import Detection
-from experiments.data.errors import DataError
+from experiments.data.errors import DataError, reading
 from experiments.networks import torch_weights
 from experiments.networks.detection import MaskRCNN, Sizes, variables
 from experiments.train import Task
 
 TEST_BATCH = 20
-FIGURES = (("box_ap", "box_aps", 2), ("mask_ap", "mask_aps", 2))
+FIGURES = ("box_ap", "mask_ap")
 
 SMALL = MaskRCNN(
     blocks=(1, 1, 1, 1),
@@ -66,10 +66,8 @@ def pretrained(path: Path | None) -> dict:
     """
     if path is None:
         raise DataError("this preset starts from a trained maskrcnn_resnet50_fpn: name its weights, --weights FILE")
-    try:
+    with reading():
         return torch_weights.check(variables(torch_weights.read(path)), MaskRCNN(), *_inputs(64))
-    except ValueError as error:
-        raise DataError(str(error)) from error
 
 
 def _inputs(side: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

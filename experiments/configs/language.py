@@ -10,6 +10,7 @@ import optax
 
 from experiments.configs.study import Preset
 from experiments.data import packed, text
+from experiments.data.errors import DataError, reading
 from experiments.harness import Experiment, Table
 from experiments.networks import LanguageModel
 from experiments.train import Recipe
@@ -17,15 +18,22 @@ from experiments.train.recipe import decayed
 
 VOCABULARY = 65  # characters of tinyshakespeare
 DENSE = (("^head/", None),)  # the first layer is the embedding, which no rule takes
+FIGURES = ("test_loss",)  # the less the better
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Recipe):
-    """Adam with decoupled weight decay, and gradients clipped to a norm of 1, as language models are trained."""
+    """Adam with decoupled weight decay, and gradients clipped to a norm of 1, as language models are trained.
+
+    Attributes:
+      b2: decay of the second moment.
+    """
+
+    b2: float = 0.99
 
     def optimiser(self, steps_per_epoch: int) -> optax.GradientTransformation:
         """The dense optimiser."""
-        adam = optax.adamw(self.schedule(steps_per_epoch), b2=0.99, weight_decay=self.weight_decay, mask=decayed)
+        adam = optax.adamw(self.schedule(steps_per_epoch), b2=self.b2, weight_decay=self.weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
 
@@ -78,9 +86,10 @@ def _examples(pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def read(path: Path | None, length: int) -> Pieces:
     """A text of one's own, or that of Karpathy's char-rnn; the last tenth is held out."""
     source = path or packed.folder() / "text" / "tinyshakespeare.txt"
-    found = text.Characters.read(source)
+    with reading():
+        found = text.Characters.read(source)
     if len(found.alphabet) > VOCABULARY:
-        raise ValueError(f"{source}: {len(found.alphabet)} different characters; the network has {VOCABULARY} tokens")
+        raise DataError(f"{source}: {len(found.alphabet)} different characters; the network has {VOCABULARY} tokens")
     return Pieces(source.stem, found.train, found.valid, length)
 
 
@@ -112,7 +121,7 @@ def tables(result: dict) -> list[Table]:
     for name in dict.fromkeys(row["name"] for row in result["rows"]):
         mine = [row for row in result["rows"] if row["name"] == name]
         done = [row for row in mine if row["epochs_done"] == row["epochs"]]
-        losses = {row["seed"]: row["test_losses"][-1] for row in done}
+        losses = {row["seed"]: row["evaluations"]["test_loss"][-1] for row in done}
         first = losses if first is None else first
         paired = [losses[seed] - first[seed] for seed in losses if seed in first]
         flips = [row["flip_rates"][-1] for row in done if row.get("flip_rates")]

@@ -11,7 +11,7 @@ Time: not measured yet; continues where it was left
 Data: tinyshakespeare (NM_JAX_DATA)
 """
 
-from experiments.configs.language import DENSE, PRESETS, experiment
+from experiments.configs.language import DENSE, FIGURES, PRESETS, experiment
 from experiments.configs.study import Study, Variant
 
 VARIANTS = (
@@ -20,5 +20,5 @@ VARIANTS = (
     Variant("2:4-T", "2:4-T"),
     Variant("4:8-T", "4:8-T"),
 )
-STUDY = Study("language_model", VARIANTS, PRESETS, DENSE)
+STUDY = Study("language_model", VARIANTS, PRESETS, DENSE, figures=FIGURES)
 EXPERIMENT = experiment(STUDY)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data import packed
-from experiments.data.errors import DataError
+from experiments.data.errors import DataError, reading
 from experiments.data.folders import ImageNet, imagenet
 from experiments.data.images import cifar
 from experiments.networks.architectures import ARCHITECTURES
@@ -48,10 +48,8 @@ def pretrained(name: str, stored: str | None = None) -> Callable[[Path | None], 
 
     def read(path):
         if path is not None:
-            try:
+            with reading():
                 return ARCHITECTURES[name].variables(path)
-            except ValueError as error:
-                raise DataError(str(error)) from error
         if stored is None:
             raise DataError(f"this preset starts from a trained {name}: name the file of its weights, --weights FILE")
         return ARCHITECTURES[name].variables(packed.weights(stored))

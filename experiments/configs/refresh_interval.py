@@ -9,11 +9,10 @@ Time: not measured yet; continues where it was left
 Data: tinyshakespeare (NM_JAX_DATA)
 """
 
-from experiments.configs.language import DENSE, PRESETS, experiment
+from experiments.configs.language import DENSE, FIGURES, PRESETS, experiment
 from experiments.configs.study import Study, Variant
 
 INTERVALS = (40, 1, 10, 100)  # the paper's first: the others are compared with it
-STUDY = Study(
-    "refresh_interval", tuple(Variant(f"every {k}", "2:4-T", refresh_every=k) for k in INTERVALS), PRESETS, DENSE
-)
+VARIANTS = tuple(Variant(f"every {k}", "2:4-T", refresh_every=k) for k in INTERVALS)
+STUDY = Study("refresh_interval", VARIANTS, PRESETS, DENSE, figures=FIGURES)
 EXPERIMENT = experiment(STUDY)

@@ -19,27 +19,31 @@ import optax
 from rich.progress import TextColumn
 
 import nm_jax as nm
-from experiments.configs.comparison import tables
+from experiments.configs.comparison import curves, tables
 from experiments.harness import Experiment, Run
 from experiments.train import Recipe, Task, Training, classification, evaluated
 from experiments.train.folder import metrics
 from experiments.train.task import cross_entropy
 
 TEST_BATCH = 500
-QUICK = 64  # images
+QUICK = 64  # examples
 BEFORE = "before"  # folder of the run that the others go on from
-# What an evaluation gives: its name, what a result calls the list of it, and digits. The first one says how far it is.
-Figures = tuple[tuple[str, str, int], ...]
-FIGURES: Figures = (("accuracy", "accuracies", 2), ("test_loss", "test_losses", 4))
+TRAINING = {"step", "loss", "flip_rate", "seconds"}  # figures of a line of metrics that are no evaluation's
 
 
 class Data(Protocol):
-    """Images and their classes, as `experiments.data.images` and `experiments.data.folders` have them."""
+    """What is learned from; an epoch goes through `count` examples. `source` tells it from other data."""
 
     @property
     def source(self) -> str: ...
     @property
     def count(self) -> int: ...
+    def head(self, count: int, /) -> "Data": ...
+
+
+class Images(Data, Protocol):
+    """Images and their classes, as `experiments.data.images` and `experiments.data.folders` have them."""
+
     def batches(self, size: int, seed: int, /) -> Callable[[int], Any]: ...
     def tests(self, size: int, /) -> Iterator[Any]: ...
 
@@ -80,8 +84,8 @@ class Preset:
     Attributes:
       recipe: schedule and optimiser.
       module: the network.
-      data: reads the images, of the folder that `--data` names, or of none.
-      weights: reads pretrained variables, of the file that `--weights` names, or of none; `None`: from scratch.
+      data: reads the data, of the folder that `--data` names, or of none.
+      weights: reads what to start from, of the file that `--weights` names, or of none; `None`: from scratch.
       seeds: of each variant.
       network: name of the network, for tables.
       before: the dense network is trained by this first, once, and every variant goes on from there.
@@ -90,7 +94,7 @@ class Preset:
     recipe: Recipe
     module: nn.Module
     data: Callable[[Path | None], Any]
-    weights: Callable[[Path | None], dict] | None = None
+    weights: Callable[[Path | None], Any] | None = None
     seeds: int = 3
     network: str = ""
     before: Recipe | None = None
@@ -101,7 +105,7 @@ class Preset:
         return "scratch" if self.weights is None and self.before is None else "pretrained"
 
 
-def task(preset: Preset, data: Data, start: Any, seed: int) -> Task:
+def task(preset: Preset, data: Images, start: Any, seed: int) -> Task:
     """Images into classes, by the recipe; from the variables `start`, or from scratch."""
     module, recipe = preset.module, preset.recipe
     batches = data.batches(recipe.batch, seed)
@@ -137,9 +141,9 @@ class Study:
       variants: what is compared; the first one is what the others are compared with.
       presets: how much, by name.
       dense: rules of the layers that stay dense: the first and the last.
-      learned: what is learned; preset, data, the variables to start from or `None`, seed -> task.
+      learned: what is learned; preset, data, what the weights are or `None`, seed -> task.
       planned: preset, pattern -> the plan that patterns go by, instead of rules.
-      figures: as `FIGURES`.
+      figures: what evaluation gives and tables show; variants are compared by the first one, and more of it is better.
     """
 
     name: str
@@ -148,11 +152,11 @@ class Study:
     dense: tuple[tuple[str, None], ...] = (("^(conv1|features_0)/", None), ("^(linear|fc|classifier_6)/", None))
     learned: Callable[[Preset, Any, Any, int], Task] = task
     planned: Callable[[Preset, str], Any] | None = None
-    figures: Figures = FIGURES
+    figures: tuple[str, ...] = ("accuracy",)
 
     def experiment(self) -> Experiment:
         """What the file of the study is listed as."""
-        return Experiment(self._measure, tables, options=_options, presets=tuple(self.presets))
+        return Experiment(self._measure, tables, curves, options=_options, presets=tuple(self.presets))
 
     def _measure(self, run: Run) -> dict:
         preset = self.presets[run.part]
@@ -168,7 +172,7 @@ class Study:
         steps = data.count // preset.recipe.batch
 
         def result():
-            rows = [progress(base / folder(v, s), v, s, preset.recipe.epochs, self.figures) for s, v in runs]
+            rows = [progress(base / folder(v, s), v, s, preset.recipe.epochs) for s, v in runs]
             found = {
                 "preset": run.part,
                 "network": preset.network,
@@ -176,10 +180,11 @@ class Study:
                 "start": preset.start,
                 "recipe": dataclasses.asdict(preset.recipe),
                 "steps_per_epoch": steps,
+                "figures": list(self.figures),
                 "rows": rows,
             }
             if preset.before is not None:
-                dense = progress(base / BEFORE, Variant("dense"), 0, preset.before.epochs, self.figures)
+                dense = progress(base / BEFORE, Variant("dense"), 0, preset.before.epochs)
                 found["before"] = dense | {"recipe": dataclasses.asdict(preset.before)}
             return found
 
@@ -197,8 +202,8 @@ class Study:
                     display.advance(bar)
                     if training.number % per_epoch == 0:
                         run.record(result())
-                        first = self.figures[0][0]
-                        display.update(bar, seen=f"{first} {metrics(path)[-1][first]:.1f} %")
+                        first = self.figures[0]
+                        display.update(bar, seen=f"{first.replace('_', ' ')} {metrics(path)[-1][first]:.2f}")
                 return training
             finally:
                 training.close()
@@ -257,10 +262,11 @@ def folder(variant: Variant, seed: int) -> str:
     return f"{variant.name.replace(' ', '_').replace(':', '-').replace('/', '-')}_{seed}"
 
 
-def progress(path: Path, variant: Variant, seed: int, epochs: int, figures: Figures = FIGURES) -> dict:
+def progress(path: Path, variant: Variant, seed: int, epochs: int) -> dict:
     """How far a run is, and what it has come to, by its metrics."""
     lines = metrics(path)
-    tested = [line for line in lines if figures[0][0] in line]
+    tested = [line for line in lines if line.keys() - TRAINING]
+    names = [name for name in tested[-1] if name not in TRAINING] if tested else []
     row: dict[str, Any] = {
         "name": variant.name,
         "pattern": variant.pattern,
@@ -269,7 +275,7 @@ def progress(path: Path, variant: Variant, seed: int, epochs: int, figures: Figu
         "seed": seed,
         "epochs": epochs,
         "epochs_done": len(tested),
-        **{listed: [round(line[name], digits) for line in tested] for name, listed, digits in figures},
+        "evaluations": {name: [round(line[name], 4) for line in tested] for name in names},
         "losses": [round(line["loss"], 4) for line in tested],
         "seconds": round(sum(line["seconds"] for line in lines), 1),
     }

@@ -59,10 +59,7 @@ STUDY = Study(
 
 def tables(result: dict) -> list[Table]:
     """AP of boxes, beside the paper's, and of masks."""
-    return [
-        compared("box_ap", result, PAPER, "box_aps", "box AP"),
-        compared("mask_ap", result, None, "mask_aps", "mask AP"),
-    ]
+    return [compared("ap", result, PAPER)]
 
 
 EXPERIMENT = dataclasses.replace(STUDY.experiment(), tables=tables)

@@ -24,6 +24,12 @@ class Sentences:
     second: list[str] | None
     labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> "Sentences":
+        return Sentences(self.first[rows], self.second and self.second[rows], self.labels[rows])
+
 
 # Columns of the sentences, and that of the class.
 TABLES = {"SST-2": (("sentence",), "label"), "MRPC": (("#1 String", "#2 String"), "Quality")}

@@ -1,5 +1,8 @@
 """Batches of inputs of about the same length: less padding, and few different shapes to compile."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 MULTIPLE = 16
@@ -38,3 +41,13 @@ def drawn(
     batches = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]).reshape(-1, size)
     rows = batches[draw.permutation(per_epoch)[number]]
     return rows, bucket(int(lengths[rows].max()), multiple)
+
+
+def mapped(
+    function: Callable[[np.ndarray, int], Any], lengths: np.ndarray, size: int, multiple: int = MULTIPLE
+) -> list[np.ndarray]:
+    """What a function of the rows of a batch and of the length to cut them to gives, for every row, in their order."""
+    found: dict[int, np.ndarray] = {}
+    for rows, length in in_order(lengths, size, multiple):
+        found.update(zip(rows.tolist(), np.asarray(function(rows, length)), strict=True))
+    return [found[row] for row in range(len(lengths))]

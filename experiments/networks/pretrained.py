@@ -131,11 +131,7 @@ class SentenceEncoder(Network):
         tokens, attended, scores = self._test_data
         scores = scores[:limit]
         tokens, attended = tokens[: 2 * len(scores)], attended[: 2 * len(scores)]
-        vectors = np.zeros((len(tokens), self.module.config.width), np.float32)
-        for rows, length in lengths.in_order(attended.sum(axis=1), BATCH):
-            vectors[rows] = self._forward(variables, tokens[rows, :length], attended[rows, :length])
-        cosine = np.sum(vectors[0::2] * vectors[1::2], axis=1)
-        return 100 * float(spearmanr(cosine, scores).statistic)
+        return similarity(functools.partial(self._forward, variables), tokens, attended, scores)
 
     @functools.cached_property
     def _tokenizer(self):
@@ -147,6 +143,26 @@ class SentenceEncoder(Network):
         pairs = _sts("dev")
         sentences = [sentence for pair in zip(pairs.first, pairs.second or [], strict=True) for sentence in pair]
         return *self._tokenizer(sentences, self.length), pairs.labels
+
+
+def similarity(
+    embed: Callable[[np.ndarray, np.ndarray], jax.Array], tokens: np.ndarray, attended: np.ndarray, scores: np.ndarray
+) -> float:
+    """Spearman's correlation, in percent, of the cosine of pairs with scores of them.
+
+    Args:
+      embed: tokens and where they are no padding -> vectors of length 1.
+      tokens: `[2 pairs, length]`, the sentences of a pair one after the other.
+      attended: where they are no padding.
+      scores: of the pairs.
+    """
+
+    def of(rows, length):
+        return embed(tokens[rows, :length], attended[rows, :length])
+
+    vectors = np.stack(lengths.mapped(of, attended.sum(axis=1), BATCH))
+    cosine = np.sum(vectors[0::2] * vectors[1::2], axis=1)
+    return 100 * float(spearmanr(cosine, scores).statistic)
 
 
 def _sts(split: str) -> glue.Sentences:

@@ -13,6 +13,7 @@ The folder has
     run.json           what the run is; another run is refused
     checkpoints/       orbax's: state, which has position and key; complete or not there at all
     metrics.jsonl      one line per logged step
+    tensorboard/       the same, for `tensorboard --logdir`
     model.safetensors  at the end: what is evaluated, and nothing of the optimiser
 
 `task` says what is learned, `recipe` with which schedule and optimiser, `state` what a run consists of, `folder` what

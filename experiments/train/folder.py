@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file, save_file
+from tensorboardX import SummaryWriter
 
 from experiments.data.errors import DataError
 from experiments.harness import write_text
@@ -14,6 +15,7 @@ from experiments.train.state import State
 from experiments.train.task import Extra, Params
 
 MODEL = "model.safetensors"
+BOARD = "tensorboard"
 
 
 class Folder:
@@ -37,14 +39,16 @@ class Folder:
             _same_run(json.loads(identity.read_text()), wanted, self.path)
         else:
             write_text(identity, json.dumps(wanted, indent=1) + "\n")
+        self._board: SummaryWriter | None = None
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
 
     def restore(self, state: State) -> State:
         """The last state that was saved, spread over devices as the one given, or that one. Metrics after it are
-        dropped: they will come again."""
+        dropped, in TensorBoard, too: they will come again."""
         number = self._manager.latest_step() or 0
         write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in metrics(self.path, number)))
+        self._board = SummaryWriter(str(self.path / BOARD), purge_step=number + 1)
         if number == 0:
             return state
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -54,14 +58,19 @@ class Folder:
         """Adds a line of metrics."""
         with self._metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name in line.keys() - {"step"}:
+                self._board.add_scalar(name, line[name], line["step"])
 
     def save(self, state: State, number: int) -> None:
         """Writes a checkpoint, in the background."""
         self._manager.save(number, args=ocp.args.StandardSave(state))
 
     def close(self) -> None:
-        """Waits for the last checkpoint."""
+        """Waits for the last checkpoint, and for the last metrics."""
         self._manager.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def metrics(path: Path, until: int | None = None) -> list[dict]:

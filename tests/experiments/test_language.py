@@ -37,24 +37,24 @@ def test_every_token_is_to_be_guessed_from_those_before():
 
 @pytest.mark.slow
 def test_sparse_and_dense_are_trained_and_shown_by_their_loss(tmp_path):
-    experiment = language.experiment(Study("toy", VARIANTS, {"cpu": PRESET}, language.DENSE))
+    experiment = language.experiment(Study("toy", VARIANTS, {"cpu": PRESET}, language.DENSE, figures=language.FIGURES))
     options = type("Options", (), {"quick": False, "minutes": None, "runs": tmp_path, "seeds": None})
     options.data = options.weights = None
     run = Run(options, "cpu", Console(quiet=True), tmp_path / "cpu.json", "toy")
     result = run.record(experiment.measure(run))
     dense, sparse = result["rows"]
-    assert dense["test_losses"][-1] < 1.6  # log(11) = 2.4 at the start, log(3) = 1.1 at best
+    assert dense["evaluations"]["test_loss"][-1] < 1.6  # log(11) = 2.4 at the start, log(3) = 1.1 at best
     for variant, row in zip(VARIANTS, result["rows"], strict=True):
         arrays = load_file(tmp_path / "toy/cpu" / folder(variant, 0) / MODEL)
         params = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
-        assert 30 < row["accuracies"][-1] < 60  # of tokens, not of pieces; one of three is chance
-        assert row["test_losses"][-1] == pytest.approx(held_out_loss(params), abs=1e-4)
+        assert 30 < row["evaluations"]["accuracy"][-1] < 60  # of tokens, not of pieces; one of three is chance
+        assert row["evaluations"]["test_loss"][-1] == pytest.approx(held_out_loss(params), abs=1e-4)
         kept = params["params"]["layer0"]["ffn1"]["kernel"] != 0
         along = kept.reshape(2, 4, 16).sum(1).max(), kept.reshape(8, 4, 4).sum(2).max()
         assert along == ((2, 2) if variant.pattern else (4, 4))
     (shown,) = experiment.tables(result)
-    assert shown.rows[0][:3] == ("dense", f"{dense['test_losses'][-1]:.4f}", None)
-    assert shown.rows[1][2] == f"{sparse['test_losses'][-1] - dense['test_losses'][-1]:+.4f}"
+    assert shown.rows[0][:3] == ("dense", f"{dense['evaluations']['test_loss'][-1]:.4f}", None)
+    assert shown.rows[1][2] == f"{sparse['evaluations']['test_loss'][-1] - dense['evaluations']['test_loss'][-1]:+.4f}"
     assert shown.rows[1][3].endswith(" %") and shown.rows[1][-1] == "2 of 2"
 
 

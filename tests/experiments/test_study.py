@@ -21,7 +21,7 @@ from scipy import stats
 import nm_jax as nm
 from experiments import __main__ as command
 from experiments import catalogue
-from experiments.configs.comparison import compared, tables, verdict
+from experiments.configs.comparison import compared, curves, tables, verdict
 from experiments.configs.networks import pretrained
 from experiments.configs.study import Preset, Study, Variant, folder
 from experiments.data import images
@@ -74,11 +74,11 @@ def whole(tmp_path_factory):
 def test_a_study_trains_every_variant_of_every_seed(whole):
     rows = whole[1]["rows"]
     assert [(row["name"], row["epochs_done"]) for row in rows] == [("dense", 2), ("2:4-T", 2), ("ASP", 2)]
-    assert all(len(row["accuracies"]) == 2 and row["accuracies"][-1] > 30 for row in rows)
+    assert all(len(row["evaluations"]["accuracy"]) == 2 and row["evaluations"]["accuracy"][-1] > 30 for row in rows)
     assert ["flip_rates" in row for row in rows] == [False, True, False]
     (shown,) = tables(whole[1])
     assert [row[0] for row in shown.rows] == ["dense", "2:4-T", "ASP"] and shown.rows[1][-1] == "1 (2 of 2 epochs)"
-    difference = rows[1]["accuracies"][-1] - rows[0]["accuracies"][-1]
+    difference = rows[1]["evaluations"]["accuracy"][-1] - rows[0]["evaluations"]["accuracy"][-1]
     assert shown.rows[1][2].strip() == f"{difference:+.2f}"
 
 
@@ -123,14 +123,17 @@ def test_variants_go_on_from_one_network_that_is_trained_before(tmp_path):
         load_file(tmp_path / "toy/cpu" / name / MODEL)
         for name in ("before", folder(VARIANTS[0], 0), folder(VARIANTS[2], 0))
     )
-    assert result["before"]["accuracies"][-1] == result["rows"][0]["accuracies"][-1] > 30
+    assert result["before"]["evaluations"]["accuracy"][-1] == result["rows"][0]["evaluations"]["accuracy"][-1] > 30
     kept = sparse["params/linear/kernel"] != 0
     assert [kept[k : k + 4].sum(0).max() for k in range(0, 16, 4)] == [2] * 4
     for name, array in before.items():
         np.testing.assert_array_equal(dense[name], array)
         np.testing.assert_array_equal(sparse[name], array * kept if name == "params/linear/kernel" else array)
     (shown,) = tables(result)
-    assert "from pretrained" in shown.title and f"go on from {result['before']['accuracies'][-1]:.2f}" in shown.notes
+    assert (
+        "from pretrained" in shown.title
+        and f"go on from {result['before']['evaluations']['accuracy'][-1]:.2f}" in shown.notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def row(name, pattern, seed, accuracy, epochs_done=2):
         "seed": seed,
         "epochs": 2,
         "epochs_done": epochs_done,
-        "accuracies": [1.0, accuracy][:epochs_done],
+        "evaluations": {"accuracy": [1.0, accuracy][:epochs_done], "f1": [2.0, 2 * accuracy][:epochs_done]},
     }
 
 
@@ -161,9 +164,22 @@ def test_runs_that_are_not_through_are_not_counted_and_pairs_are_of_one_seed():
     rows = [row("dense", None, 0, 50.0), row("dense", None, 1, 60.0)]
     rows += [row("2:4", "2:4", 0, 9.0, epochs_done=1), row("2:4", "2:4", 1, 59.0)]
     head = {"network": "toy", "data": "none", "start": "scratch", "preset": "cpu"}
-    shown = compared("toy", head | {"rows": rows}).rows
-    assert shown[0][:3] == ("dense", "55.00 ± 7.07", None)
-    assert shown[1] == ("2:4", "59.00", "-1.00", None, None, "33 %", "1 (3 of 4 epochs)")
+    shown = compared("toy", head | {"rows": rows, "figures": ["accuracy", "f1"]})
+    assert shown.rows[0][:3] == ("dense", "55.00 ± 7.07", None)
+    assert shown.rows[1] == ("2:4", "59.00", "-1.00", None, None, "33 %", "118.00", "1 (3 of 4 epochs)")
+    assert shown.header[-2] == "F1, %"
+
+
+def test_curves_are_means_of_the_seeds_that_are_as_far():
+    rows = [row("dense", None, 0, 50.0), row("dense", None, 1, 60.0, epochs_done=1), row("2:4", "2:4", 0, 0, 0)]
+    rows.append(row("2:4-T", "2:4-T", 0, 40.0) | {"flip_rates": [0.5, 0.25]})
+    left, right = curves({"figures": ["accuracy"], "rows": rows}).axes
+    assert [(line.get_label(), [*line.get_ydata()]) for line in left.lines] == [
+        ("dense", [1.0, 50.0]),
+        ("2:4-T", [1.0, 40.0]),
+    ]
+    assert [[*line.get_ydata()] for line in right.lines] == [[], [0.5, 0.25]]
+    assert curves({"figures": ["accuracy"], "rows": rows[2:3]}) is None
 
 
 def test_figure_3a_correlates_with_both_diversities():

@@ -63,6 +63,9 @@ def test_vocabularies_that_do_not_fit(tmp_path):
 def test_every_row_is_once_in_the_batches_for_evaluation():
     many = np.random.default_rng(0).integers(1, 60, 37)
     batches = lengths.in_order(many, 8)
+    given = lengths.mapped(lambda rows, length: np.stack([rows, np.full(len(rows), length)], axis=1), many, 8)
+    assert [row for row, _ in given] == list(range(len(many)))
+    assert all(length - 16 < many[row] <= length or length > many[row] for row, length in given)
     assert sorted(np.concatenate([rows for rows, _ in batches])) == list(range(37))
     assert all(length % 16 == 0 and many[rows].max() <= length < many[rows].max() + 16 for rows, length in batches)
     assert sum(length * len(rows) for rows, length in batches) < 37 * 64 * 0.75

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import nm_jax as nm
 from experiments.train import Task, Training, classification, fit, make_step, start
+from experiments.train.folder import BOARD
 
 STEPS, BATCH = 13, 8
 RNG = np.random.default_rng(0)
@@ -119,6 +121,39 @@ def test_metrics_are_the_losses_of_the_steps(tmp_path):
     means = [np.mean(np.float32(losses[a:b])) for a, b in itertools.pairwise(edges)]
     np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-6)
     assert [line["step"] for line in lines if "accuracy" in line] == [3, 6, 9, 12, 13]
+
+
+def board(folder):
+    """The curves that TensorBoard draws: step -> value by name, without what a later start makes void."""
+    curves = {}
+    for path in sorted((folder / BOARD).iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")  # a length, its checksum, an event, its checksum
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                curves = {name: {k: x for k, x in seen.items() if k < event.step} for name, seen in curves.items()}
+            for value in event.summary.value:
+                curves.setdefault(value.tag, {})[event.step] = value.simple_value
+    return curves
+
+
+def test_tensorboard_draws_the_metrics(tmp_path):
+    """Also of a run whose first start ended after its last checkpoint, at step 5."""
+    run = Training(task(), optax.sgd(0.1), STEPS, folder=tmp_path, **OPTIONS)
+    for _ in range(9):
+        run.step()
+    run.close()
+    assert max(board(tmp_path)["loss"]) == 9
+    run = Training(task(), optax.sgd(0.1), STEPS, folder=tmp_path, **OPTIONS)
+    assert run.number == 5
+    run.step()
+    run.close()
+    curves, lines = board(tmp_path), read_metrics(tmp_path)
+    assert set(curves) == {"loss", "accuracy", "seconds"} and list(curves["loss"]) == [2, 3, 4, 5, 6]
+    for line in lines:
+        assert curves["loss"][line["step"]] == np.float32(line["loss"])
 
 
 KILLED = textwrap.dedent("""
