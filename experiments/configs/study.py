@@ -252,7 +252,7 @@ def quick(preset: Preset) -> Preset:
     """Everything, but tiny."""
 
     def of(recipe):
-        return dataclasses.replace(recipe, epochs=1, batch=QUICK // 2)
+        return dataclasses.replace(recipe, epochs=1, warmup=0, drops=(), batch=QUICK // 2)
 
     return dataclasses.replace(preset, recipe=of(preset.recipe), seeds=1, before=preset.before and of(preset.before))
 
