@@ -53,6 +53,7 @@ from ._model.gram import gram as gram
 from ._reconstruct._convert import Conversion as Conversion
 from ._reconstruct._violations import Violations as Violations
 from ._reconstruct._violations import choose_patterns as choose_patterns
+from ._reconstruct._best import ConversionStep as ConversionStep
 from ._reconstruct._convert import convert as convert
 from ._reconstruct._convert import fit_masks as fit_masks
 from ._reconstruct._violations import pattern_violations as pattern_violations
@@ -61,6 +62,14 @@ from ._reconstruct._report import PrunedLayer as PrunedLayer
 from ._reconstruct._report import PruneReport as PruneReport
 from ._reconstruct._adaprune import adaprune as adaprune
 from ._reconstruct._layers import reconstruct_layers as reconstruct_layers
+from ._reconstruct._refine import RefinedLayer as RefinedLayer
+from ._reconstruct._refine import RefinedMask as RefinedMask
+from ._reconstruct._refine import RefineReport as RefineReport
+from ._reconstruct._refine import refine_mask as refine_mask
+from ._reconstruct._refine import refine_masks as refine_masks
+from ._reconstruct._blocks import BlockReport as BlockReport
+from ._reconstruct._blocks import FittedBlock as FittedBlock
+from ._reconstruct._blocks import fit_blocks as fit_blocks
 from ._reconstruct._layer import Reconstruction as Reconstruction
 from ._reconstruct._absorb_mean import absorb_mean as absorb_mean
 from ._reconstruct._layer import output_error as output_error

@@ -9,16 +9,15 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Bool, PyTree
 
-from nm_jax._core.rules import Rules, SparseLeaf
+from nm_jax._core.rules import Rules
 from nm_jax._core.tables import aligned
 from nm_jax._masks.compute import Scores, compute_masks
-from nm_jax._masks.trees import fill, leaves_by_path
 from nm_jax._masks.verify import Report, verify
 from nm_jax._model._batches import argument_tuples
 from nm_jax._reconstruct._adaprune import adaprune
+from nm_jax._reconstruct._best import ConversionStep, best, steps_text
 from nm_jax._reconstruct._outputs import OutputChange, compare_outputs
 from nm_jax._reconstruct._report import PruneReport
 from nm_jax._reconstruct._violations import Survey, Violations
@@ -58,15 +57,7 @@ def fit_masks(
       True
     """
     survey = Survey.of(params, rules, partial)
-    return _all_masks(survey, params, compute_masks(params, survey.broken, scores=scores, solver=solver))
-
-
-def _all_masks(survey: Survey, params: PyTree, found: PyTree[Array | None]) -> PyTree[Array | None]:
-    """The masks that were found, and those that the other leaves have."""
-    leaves, by_path = survey.rules.leaves, leaves_by_path(found)
-    paths = [leaf.path for leaf in leaves if isinstance(leaf, SparseLeaf)]
-    masks = [survey.active[path] if by_path[path] is None else by_path[path] for path in paths]
-    return fill(jax.tree.structure(params), leaves, masks, None)
+    return survey.all_masks(params, compute_masks(params, survey.broken, scores=scores, solver=solver))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +71,7 @@ class Conversion:
       check: of the new parameters, by `nm_jax.verify`.
       outputs: how far the outputs of the network are from what they were; `None` when nothing was changed, or when it
         has no outputs in floating point.
+      steps: with `effort="best"`, what was done and what each step gained; otherwise empty.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -97,10 +89,12 @@ class Conversion:
     layers: PruneReport
     check: Report
     outputs: OutputChange | None = None
+    steps: tuple[ConversionStep, ...] = ()
 
     def __str__(self) -> str:
         header = "groups (tiles) that broke the pattern, as counted and by Eq. 4, and nonzero weights that had to go"
-        lines = [header, *aligned([row.cells() for row in self.violations]), "", str(self.layers), ""]
+        done = steps_text(self.steps) if self.steps else [str(self.layers)]
+        lines = [header, *aligned([row.cells() for row in self.violations]), "", *done, ""]
         if self.outputs is not None:
             lines.append(f"outputs of the network: {self.outputs}")
         elif not self.layers.layers:
@@ -118,6 +112,7 @@ def convert(
     scores: PyTree | Scores | None = None,
     solver: Solver | None = None,
     partial: str = "skip",
+    effort: str = "fast",
     **options: Any,
 ) -> tuple[PyTree, Conversion]:
     """A model with the pattern that the hardware supports, from whatever sparsity it has, without training.
@@ -134,7 +129,13 @@ def convert(
       scores: as in `nm_jax.compute_masks`.
       solver: as there.
       partial: as there.
-      **options: as in `nm_jax.adaprune`. With `held_out`, the outputs of the network are compared on these inputs.
+      effort: `"fast"`, the three steps; or `"best"`, all that is known to help: channels are permuted first
+        (`nm_jax.permute`), weights swapped in the masks (`nm_jax.refine_masks`), and blocks of layers fitted together
+        at the end (`nm_jax.fit_blocks`). A step that would not help, or cannot be taken, is left out, and the report
+        says why. The parameters may be in another order of channels then.
+      **options: as in `nm_jax.adaprune`. With `held_out`, the outputs of the network are compared on these inputs; with
+        `effort="best"` every fifth batch is set aside for it otherwise. That also takes `steps`, `boundaries`, `layers`
+        and `seed` of `nm_jax.fit_blocks`.
 
     Returns:
       The new parameters, and what happened to each layer. A network with batch norm gains by having it tuned
@@ -146,8 +147,8 @@ def convert(
     Warns:
       UserWarning: when the outputs of the network have little to do with what they were.
 
-    Costs `adaprune` and two forward passes; what was compiled is used again by later calls with the same `apply` and
-    shapes. Not for use inside `jit`.
+    Costs `adaprune` and two forward passes, with `effort="best"` many times as much (`nm_jax.fit_blocks`); what was
+    compiled is used again by later calls with the same `apply` and shapes. Not for use inside `jit`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -162,17 +163,26 @@ def convert(
       groups (tiles) that broke the pattern, ...
       verification passed: 1 sparse leaf, all have their pattern
     """
+    if effort not in ("fast", "best"):
+        raise ValueError(f"effort must be 'fast' or 'best', got {effort!r}")
     survey = Survey.of(params, rules, partial)
     violations = tuple(survey.violations(params))
-    found = compute_masks(params, survey.broken, scores=scores, solver=solver)
-    masks = _all_masks(survey, params, found)
     new, layers, outputs = params, PruneReport(()), None
-    if any(share > 0 for share in survey.tiles.values()):
-        batches = list(argument_tuples(batches))
+    steps: tuple[ConversionStep, ...] = ()
+    if not any(share > 0 for share in survey.tiles.values()):
+        masks = survey.all_masks(params, compute_masks(params, survey.broken, scores=scores, solver=solver))
+        return new, Conversion(masks, violations, layers, verify(new, survey.rules))
+    batches = list(argument_tuples(batches))
+    if effort == "best":
+        new, masks, layers, steps, judged = best(apply, params, survey, batches, scores, solver, options)
+    else:
+        found = compute_masks(params, survey.broken, scores=scores, solver=solver)
+        masks = survey.all_masks(params, found)
         if options.get("held_out") is not None:
             options["held_out"] = list(argument_tuples(options["held_out"], "held_out"))
         new, layers = adaprune(apply, params, found, batches, **options)
-        outputs = compare_outputs(apply, params, new, options.get("held_out") or batches, options.get("row_mask"))
-        if outputs is not None and outputs.collapsed:
-            warnings.warn(f"the outputs of the converted network: {outputs}", stacklevel=2)
-    return new, Conversion(masks, violations, layers, verify(new, survey.rules), outputs)
+        judged = options.get("held_out") or batches
+    outputs = compare_outputs(apply, params, new, judged, options.get("row_mask"))
+    if outputs is not None and outputs.collapsed:
+        warnings.warn(f"the outputs of the converted network: {outputs}", stacklevel=2)
+    return new, Conversion(masks, violations, layers, verify(new, survey.rules), outputs, steps)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nm_jax._core.sharding import partitioned, spec
 from nm_jax._model.gram import Gram
-from nm_jax._reconstruct._least_squares import Minimiser, adam, conjugate_gradients
+from nm_jax._reconstruct._least_squares import Minimiser, Quadratic, adam, conjugate_gradients
 from nm_jax._reconstruct._matrices import InputMoments, LayerMatrices
 
 _PCG_ITERATIONS = 400
@@ -143,7 +143,7 @@ def _on_matrices(layer: LayerMatrices, how: Minimiser, w, gram, samples, mask, b
     dense, kept = layer.split(w.astype(jnp.float32)), layer.split(mask.astype(bool))
     masked = jnp.where(kept, dense, 0)
     if how.method == "pcg":
-        new, iterations = conjugate_gradients(dense, kept, moments, how)
+        new, iterations = conjugate_gradients(dense, kept, Quadratic.of(moments, how), how.iterations)
     else:
         new, iterations = adam(dense, kept, jnp.stack([record.h for record in samples]), how)
     new = new.astype(w.dtype).astype(jnp.float32)  # judged as it is returned, rounded

@@ -85,21 +85,21 @@ def each_layer(params, masks, grams: list[PyTree], held_out, biases: bool, on_la
     dense, now = leaves_by_path(params), leaves_by_path(apply_masks(params, masks))
     if not masked:
         raise ValueError("masks has no mask: nothing would be pruned")
-    collected, held = [_records(tree) for tree in grams], _records(held_out)
+    collected, held = [records(tree) for tree in grams], records(held_out)
     rows = []
     for path, mask in masked.items():
-        records = [part[path] for part in collected if path in part]
+        own = [part[path] for part in collected if path in part]
         row = masked_only(path, mask)
-        if records:
-            bias = _bias_beside(path, records[0], dense) if biases else None
+        if own:
+            bias = bias_beside(path, own[0], dense) if biases else None
             try:
                 # Where two kernels share a bias, it takes up both changes.
                 old_bias: Any = None if bias is None else now[bias]
-                found = reconstruct(dense[path], records, mask, bias=old_bias, **how)
+                found = reconstruct(dense[path], own, mask, bias=old_bias, **how)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             remark = "no bias of it is known" if biases and bias is None else ""
-            row = dataclasses.replace(_describe(row, records, found), remark=remark)
+            row = dataclasses.replace(_describe(row, own, found), remark=remark)
             if path in held:
                 moved = None if found.bias is None else found.bias - old_bias
                 judge = functools.partial(output_error, dense[path], gram=held[path])
@@ -129,12 +129,12 @@ def _describe(row: PrunedLayer, records: list[Gram], found: Reconstruction) -> P
     )
 
 
-def _records(tree: PyTree[Gram | None]) -> dict[str, Gram]:
+def records(tree: PyTree[Gram | None]) -> dict[str, Gram]:
     """The records by the path of their parameter."""
     return {leaf.path: leaf.value for leaf in located(tree, lambda node: isinstance(node, Gram))}
 
 
-def _bias_beside(path: str, record: Gram, leaves: dict[str, Array]) -> str | None:
+def bias_beside(path: str, record: Gram, leaves: dict[str, Array]) -> str | None:
     """The path of the bias of a layer: beside its kernel, with an entry for each output in their order."""
     if "b" in record.contraction.lstrip("b"):
         return None

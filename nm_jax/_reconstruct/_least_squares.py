@@ -27,25 +27,43 @@ class Minimiser(NamedTuple):
     learning_rate: float
 
 
+class Quadratic(NamedTuple):
+    """What the weights minimise: (W - V)^T (H + ridge) (W - V), for each output."""
+
+    h: Float[Array, "matrices K K"]
+    ridge: Float[Array, "matrices 1 1"]
+
+    @classmethod
+    def of(cls, moments: InputMoments, how: Minimiser) -> "Quadratic":
+        """The problem of a layer."""
+        h = moments.centred if how.centred else moments.h
+        automatic = jnp.clip(_RIDGE * h.shape[1] / moments.rows, *_RIDGE_BOUNDS)
+        ridge = (automatic if how.ridge is None else jnp.full_like(automatic, how.ridge))[:, :, None]
+        if how.centred:
+            # An offset of the inputs is no part of the problem, but where it is so large that rounding hides their
+            # spread, nothing can be told from it.
+            ridge = (ridge[:, :, 0] * moments.spread + moments.noise**2 / moments.spread)[:, :, None]
+        return cls(h, ridge)
+
+    @property
+    def diagonal(self) -> Float[Array, "matrices K 1"]:
+        return jnp.diagonal(self.h, axis1=1, axis2=2)[:, :, None] + self.ridge
+
+    def pull(self, change: Float[Array, "matrices K outputs"]) -> Float[Array, "matrices K outputs"]:
+        """(H + ridge) times a change."""
+        return _matmul(self.h, change) + self.ridge * change
+
+
 def conjugate_gradients(
     dense: Float[Array, "matrices K outputs"],
     kept: Bool[Array, "matrices K outputs"],
-    moments: InputMoments,
-    how: Minimiser,
+    problem: Quadratic,
+    iterations: int,
+    start: Float[Array, "matrices K outputs"] | None = None,
 ) -> tuple[Float[Array, "matrices K outputs"], Int[Array, ""]]:
-    """The weights on the support, and the number of iterations."""
-    h = moments.centred if how.centred else moments.h
-    automatic = jnp.clip(_RIDGE * h.shape[1] / moments.rows, *_RIDGE_BOUNDS)
-    ridge = (automatic if how.ridge is None else jnp.full_like(automatic, how.ridge))[:, :, None]
-    if how.centred:
-        # An offset of the inputs is no part of the problem, but where it is so large that rounding hides their spread,
-        # nothing can be told from it.
-        ridge = (ridge[:, :, 0] * moments.spread + moments.noise**2 / moments.spread)[:, :, None]
-    diagonal = jnp.diagonal(h, axis1=1, axis2=2)[:, :, None] + ridge
+    """The weights on the support, from the dense ones or others there, and the number of iterations."""
+    most, diagonal, curvature = iterations, problem.diagonal, problem.pull
     preconditioner = jnp.where(kept & (diagonal > 0), 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
-
-    def curvature(direction):
-        return _matmul(h, direction) + ridge * direction
 
     def step(_, state):
         new, residual, direction, slope, gained = state
@@ -69,13 +87,13 @@ def conjugate_gradients(
 
     def unfinished(state):
         *_, gained, objective, iterations = state
-        return jnp.any(gained > _TOLERANCE * objective) & (iterations < how.iterations)
+        return jnp.any(gained > _TOLERANCE * objective) & (iterations < most)
 
-    start = jnp.where(kept, dense, 0)
+    start = jnp.where(kept, dense if start is None else start, 0)
     none = jnp.zeros_like(dense[:, 0, 0])
     first = (start, jnp.zeros_like(start), jnp.zeros_like(dense[:, :1]), none + 1, none, jnp.int32(0))
-    new, *_, iterations = jax.lax.while_loop(unfinished, burst, first)
-    return new, iterations
+    new, *_, taken = jax.lax.while_loop(unfinished, burst, first)
+    return new, taken
 
 
 def _ratio(part, whole):

@@ -16,7 +16,7 @@ from nm_jax._core.tables import aligned, row_of, shape_text
 from nm_jax._masks.trees import leaves_by_path
 from nm_jax._model._compiled import Skeleton, evaluation
 from nm_jax._model.channels import Part, order, places, product, wholes, wiring
-from nm_jax._model.plan import Plan, plan
+from nm_jax._model.plan import plan
 from nm_jax._reconstruct._gains import Channels
 from nm_jax._reconstruct._permutation import improved
 
@@ -112,7 +112,7 @@ def permute(
     apply: Callable,
     params: PyTree,
     *inputs: Any,
-    pattern: str | Pattern | Plan,
+    pattern: str | Pattern | LeafRules,
     scores: PyTree | None = None,
     seed: int = 0,
     rounds: int = 8,

@@ -16,7 +16,7 @@ from nm_jax._core.patterns import NM, Pattern, TransposableNM
 from nm_jax._core.rules import DenseLeaf, Leaf, LeafRules, Rule, Rules, SparseLeaf, resolve
 from nm_jax._core.sharding import partitioned
 from nm_jax._masks.compute import compute_masks
-from nm_jax._masks.trees import leaves_by_path
+from nm_jax._masks.trees import fill, leaves_by_path
 from nm_jax._reconstruct._counting import count, share
 
 
@@ -130,6 +130,13 @@ class Survey(NamedTuple):
                 for leaf, kept in zip(self.rules.leaves, keep, strict=True)
             )
         )
+
+    def all_masks(self, params: PyTree, found: PyTree[Array | None]) -> PyTree[Array | None]:
+        """The masks that were found, and those that the other leaves have."""
+        by_path = leaves_by_path(found)
+        paths = [leaf.path for leaf in self.rules.leaves if isinstance(leaf, SparseLeaf)]
+        masks = [self.active[path] if by_path[path] is None else by_path[path] for path in paths]
+        return fill(jax.tree.structure(params), self.rules.leaves, masks, None)
 
     def violations(self, params: PyTree) -> list[Violations]:
         """The rows of `pattern_violations`."""

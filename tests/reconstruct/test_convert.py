@@ -235,3 +235,62 @@ def test_counts_pass_what_an_int32_holds():
     assert _counting.count(jnp.asarray(flags)) == flags.sum()
     assert _counting.share(jnp.asarray(flags)) == flags.mean()
     assert _counting.share(jnp.zeros((0, 4), bool)) == 0
+
+
+def deep(params, x):
+    for name in ("a", "b", "c"):
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x @ params["head"]
+
+
+def deep_network():
+    keys = jax.random.split(jax.random.key(0), 5)
+    sizes = {"a": (8, 16), "b": (16, 16), "c": (16, 16)}
+    params = {
+        name: {"kernel": jax.random.normal(key, size) / 3, "bias": jnp.zeros(size[1])}
+        for key, (name, size) in zip(keys, sizes.items(), strict=False)
+    }
+    params["head"] = jax.random.normal(keys[3], (16, 4))
+    return params, list(jax.random.normal(keys[4], (10, 32, 8)))
+
+
+@pytest.mark.slow
+def test_the_best_that_is_known():
+    params, batches = deep_network()
+    rules = [("[bc]/kernel", "2:4-T")]
+    _, fast = nm.convert(deep, params, rules, batches[:8], held_out=batches[8:])
+    new, found = nm.convert(
+        deep, params, rules, batches[:8], held_out=batches[8:], effort="best", steps=40, boundaries=[]
+    )
+    assert found.check.ok and nm.verify(new, rules).ok
+    assert not jnp.any(jnp.where(found.masks["b"]["kernel"], 0, new["b"]["kernel"]))
+    assert [step.name for step in found.steps] == [
+        "masks alone",
+        "channels permuted",
+        "layers reconstructed",
+        "weights swapped, layers reconstructed",
+        "blocks fitted",
+    ]
+    errors = [step.outputs.error for step in found.steps]
+    assert errors[2:] == sorted(errors[2:], reverse=True) and found.outputs == found.steps[-1].outputs
+    assert found.outputs.error < fast.outputs.error
+    assert fast.steps == () and "blocks fitted" in str(found) and "largest logit" in str(found)
+
+
+@pytest.mark.slow
+def test_the_best_leaves_out_what_it_cannot_do():
+    params, batches = deep_network()
+    params["b"]["kernel"] = params["b"]["kernel"] * nm.solve(jnp.abs(params["b"]["kernel"]), "2:4")
+    rules = [("[bc]/kernel", "2:4")]
+    new, found = nm.convert(deep, params, rules, batches, effort="best", steps=4, boundaries=[])
+    assert "have their pattern" in found.steps[1].remark and "left out" in str(found)
+    kept = np.asarray(params["b"]["kernel"] != 0)
+    np.testing.assert_array_equal(found.masks["b"]["kernel"], kept)
+    assert found.check.ok and not np.asarray(new["b"]["kernel"])[~kept].any()
+    _, found = nm.convert(deep, params, rules[:1], batches, effort="best", scores=jnp.abs, steps=0)
+    assert "scores" in found.steps[1].remark
+
+
+def test_an_effort_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="'fast' or 'best'"):
+        nm.convert(deep, deep_network()[0], "2:4", [], effort="worst")
