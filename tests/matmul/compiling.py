@@ -44,7 +44,7 @@ gpu_device_info {{
   clock_rate_ghz: {clock}
   device_memory_size: 85899345920
   shared_memory_per_block_optin: {shared_block}
-  cuda_compute_capability {{ major: {major} }}
+  cuda_compute_capability {{ {capability} }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
 }}
@@ -55,7 +55,7 @@ device_description_str: "{name}"
 GPUS = {
     "a100": {
         "name": "NVIDIA A100-SXM4-80GB",
-        "major": 8,
+        "capability": "major: 8",
         "threads": 2048,
         "cores": 108,
         "fpus": 64,
@@ -67,7 +67,7 @@ GPUS = {
     },
     "h100": {
         "name": "NVIDIA H100 80GB HBM3",
-        "major": 9,
+        "capability": "major: 9",
         "threads": 2048,
         "cores": 132,
         "fpus": 128,
@@ -79,7 +79,7 @@ GPUS = {
     },
     "rtx5090": {
         "name": "NVIDIA GeForce RTX 5090",
-        "major": 12,
+        "capability": "major: 12 feature_extension: ACCELERATED_FEATURES",
         "threads": 1536,
         "cores": 170,
         "fpus": 128,
