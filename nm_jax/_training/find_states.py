@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -18,14 +19,19 @@ _MOVERS = (
 )
 
 
+_MOVED = 0.2  # of a weight's l1 norm: rounding is below, in floats of 8 bits too
+
+
 def states(opt_state: Any) -> list[SparseTrainingState]:
     """All states of `sparse_training` in the state of any optimiser, as plain arrays."""
     found = _all_of(SparseTrainingState, opt_state)
     if not found:
         raise ValueError("this optimiser state holds no state of sparse_training; was tx.init called on it?")
+    named = False
     for outer in movers(opt_state):
         # With a fixed mask what they do, sums and averages of sparse weights, has the pattern.
         if any(state.dense is not None for state in _all_of(SparseTrainingState, outer)):
+            named = True
             warnings.warn(
                 f"{type(outer).__name__} is around sparse_training: it moves the parameters off their pattern, and "
                 "the next update undoes what it did; put it inside (optax.lookahead: use a fixed mask)",
@@ -36,7 +42,25 @@ def states(opt_state: Any) -> list[SparseTrainingState]:
     def wrapped(node):
         return hasattr(node, "get_value")
 
-    return [jax.tree.map(lambda n: n.get_value() if wrapped(n) else n, state, is_leaf=wrapped) for state in found]
+    plain = [jax.tree.map(lambda n: n.get_value() if wrapped(n) else n, state, is_leaf=wrapped) for state in found]
+    moved = max((_drift(state) for state in plain), default=0.0)
+    if moved > _MOVED and not named:
+        warnings.warn(
+            f"an update was given parameters that are {moved:.0%} of their size away from those that the update before "
+            "left, and has undone that: after an edit call nm_jax.with_params; a transformation around sparse_training "
+            "that moves the parameters belongs inside it",
+            stacklevel=3,
+        )
+    return plain
+
+
+def _drift(state: SparseTrainingState) -> float:
+    """How far parameters were moved from outside; 0 where that is not known yet."""
+    drift = state.stats.drift
+    known = isinstance(drift, np.ndarray) or (isinstance(drift, jax.Array) and not isinstance(drift, jax.core.Tracer))
+    if not known or (isinstance(drift, jax.Array) and not (drift.is_fully_addressable or drift.is_fully_replicated)):
+        return 0.0
+    return float(np.max(jax.device_get(drift), initial=0.0))
 
 
 def movers(opt_state: Any) -> list[Any]:

@@ -32,7 +32,8 @@ def masks(opt_state: Any, params: PyTree[Array] | None = None) -> PyTree[Bool[Ar
 
     Warns:
       UserWarning: where a transformation around `sparse_training` (`optax.lookahead`, `optax.contrib.sam`, `mechanize`,
-        `schedule_free`) moves the parameters off their pattern. So do the other functions that read a state.
+        `schedule_free`) moves the parameters off their pattern, or where something else has moved them far (by more
+        than 0.2 of the l1 norm of a weight, `RefreshStats.drift`). So do the other functions that read a state.
 
     Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm

@@ -79,8 +79,9 @@ def sparse_training(
       - `optax.MultiSteps`, `apply_if_finite`, `masked` and `multi_transform` go outside.
       - What moves the parameters itself, past what is inside it, goes inside: `optax.contrib.sam`, `mechanize`,
         `schedule_free`. Around it they leave the pattern, and so does `optax.lookahead`, which is fine around a fixed
-        mask. `update` refuses those that do arithmetic on its state; of the others the functions that read the state
-        warn, and `nm.refresh_stats(opt_state).drift` shows any that moved the parameters.
+        mask where it starts from `nm.sparse_params`. `update` refuses those that do arithmetic on its state; of the
+        others the functions that read the state warn, and of whatever else has moved the parameters far, which
+        `nm.refresh_stats(opt_state).drift` shows.
         `optax.contrib.schedule_free_eval_params(opt_state, params)` is sparse when a schedule-free optimiser is
         directly inside.
       - What evaluates the loss inside (line searches, `sam` in opaque mode, Sophia) would do so at dense weights: it is

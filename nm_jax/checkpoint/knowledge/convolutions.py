@@ -21,12 +21,12 @@ _DOWNWARDS = (
     "features|backbone|downsamp|transition|stages?|levels?|trunk|fuse|classifier"
 )
 # Words that only ordinary convolutions have, where nothing around them goes upwards.
-_CONVOLUTIONS = (
-    "\\w*convs?\\w*|cv|projs?|projection|shortcut|squeeze|expand|reduce|fpn|neck|inc|mask_fcn|pointwise|lateral|sr"
-)
+_CONVOLUTIONS = "\\w*convs?\\w*|cv|projs?|projection|shortcut|squeeze|expand|reduce|fpn|neck|inc|pointwise|lateral|sr"
 # Ordinary convolutions in what goes upwards: residual blocks, and what follows an interpolation.
+# A word of its own: `features` and `resize` are no residual blocks, a `pyramid` is no middle one.
+_BLOCK = r"\w*block\w*|(\w*_)?mid(dle)?\d*(_\w+)?|(\w*_)?res(id\w*|nets?\w*|units?\w*|layers?\w*|convs?\w*|_\w+|\d*)"
 _ORDINARY = (
-    r"\w*(res|mid|block)\w*\.(\w+\.)*?(\w*_)?(conv|projection)\w*(\.\d+|\.conv\w*)*|"
+    rf"({_BLOCK})\.(\w+\.)*?(\w*_)?(conv|projection)\w*(\.\d+|\.conv\w*)*|mask_fcn\d*|"
     r"upsample\w*\.(\d+\.)?\w*conv(\.conv)?|resample\.\d+|"
     r"(in|out)_layers\.\d+|(conv|nin)_shortcut\w*(\.conv)?|(\w+_)?conv_(in|out)(\.\w+)*|(post_)?quant_conv|\w*temp_conv\w*(\.\w+)*"
 )
