@@ -33,6 +33,7 @@ from experiments.networks.bottlenecks import Bottlenecks, fold
 from experiments.train import classification, fit
 
 TRAINING, QUICK_TRAINING = 600, 20  # steps, of the bottlenecks
+METHODS = ("permutation", "swaps", "blocks")
 BATCH = 25  # examples in a batch that blocks are fitted on
 
 
@@ -117,63 +118,67 @@ def measure(run: Run) -> dict:
     with run.progress() as progress:
         for pattern in progress.track(run.args.patterns[:1] if run.quick else run.args.patterns, description=run.part):
             begun = time.perf_counter()
-            others, report = permuted(study, pattern)
-            seconds[f"{pattern}, permutation"] = time.perf_counter() - begun
-            reordered = Study(network, others, run.quick, tests)
-            reordered.samples = study.samples
-            found, reports, times = of_pattern(study, reordered, pattern, run)
-            rows, layers[pattern] = rows + found, {"permutation": _shares(report), "blocks": reports}
+            orders, shares = [(study, "")], {}
+            if "permutation" in run.args.methods:
+                others, report = permuted(study, pattern)
+                seconds[f"{pattern}, permutation"] = time.perf_counter() - begun
+                orders.append((Study(network, others, run.quick, tests), "permuted, "))
+                orders[-1][0].samples = study.samples
+                shares = {layer.path: [layer.before, layer.after] for layer in report.layers}
+            found, reports, times = of_pattern(orders, pattern, run)
+            rows, layers[pattern] = rows + found, {"permutation": shares, "blocks": reports}
             seconds |= {f"{pattern}, {name}": value for name, value in times.items()}
             run.keep(study.facts() | {"rows": rows, "layers": layers, "seconds": seconds})
     return study.facts() | {"rows": rows, "layers": layers, "seconds": seconds}
 
 
-def of_pattern(study: Study, reordered: Study, pattern: str, run: Run) -> tuple[list[dict], list[dict], dict]:
+def of_pattern(orders: list[tuple[Study, str]], pattern: str, run: Run) -> tuple[list[dict], list[dict], dict]:
     """The rows of one pattern, what became of each block, and how long it took."""
     values: dict[str, list[float]] = {}
     reports: list[dict] = []
     seconds: dict[str, float] = {}
 
-    def judged(name: str, own: Study, params: Any, rules: Any, k: int) -> Any:
+    def judged(name: str, own: Study, params: Any, rules: Any, k: int) -> None:
         if not nm.verify(params, rules).ok:
-            raise RuntimeError(f"{study.network.name}, {name}: breaks its pattern\n{nm.verify(params, rules)}")
+            raise RuntimeError(f"{own.network.name}, {name}: breaks its pattern\n{nm.verify(params, rules)}")
         values.setdefault(name, []).append(own.evaluate(params))
         if own.tunable:
             values.setdefault(f"{name} + BNT", []).append(own.evaluate_tuned(params, own.samples[k]))
-        return params
 
-    for k in range(len(study.samples)):
-        for own, order in ((study, ""), (reordered, "permuted, ")):
+    for k in range(len(orders[0][0].samples)):
+        for own, order in orders:
             rules = own.plan(pattern)
             masks = nm.compute_masks(own.params, rules)
-            judged(f"{order}masks alone", own, nm.apply_masks(own.params, masks), rules, k)
+            judged(name := f"{order}masks alone", own, nm.apply_masks(own.params, masks), rules, k)
             new = nm.reconstruct_layers(own.params, masks, own.grams[k])[0]
-            judged(f"{order}AdaPrune", own, new, rules, k)
-            begun = time.perf_counter()
-            swapped, _ = nm.refine_masks(own.params, masks, rules, own.grams[k])
-            seconds["swaps"] = time.perf_counter() - begun
-            then = nm.reconstruct_layers(own.params, swapped, own.grams[k])[0]
-            judged(f"{order}swaps, AdaPrune", own, then, rules, k)
-            begun = time.perf_counter()
-            start = (new, masks) if own is study else (then, swapped)
-            fitted, report = nm.fit_blocks(
-                own.apply,
-                own.params,
-                *start,
-                in_parts(own.samples[k]),
-                row_mask=row_mask if own.network.name == "minilm" else None,
-                layers=run.args.layers,
-                steps=5 if run.quick else run.args.steps,
-            )
-            seconds["blocks"] = time.perf_counter() - begun
-            name = "AdaPrune, blocks" if own is study else "permuted, swaps, AdaPrune, blocks"
-            judged(name, own, fitted, rules, k)
-            reports.append(_blocks(report) | {"method": name, "sample": k})
+            judged(name := f"{order}AdaPrune", own, new, rules, k)
+            if "swaps" in run.args.methods:
+                begun = time.perf_counter()
+                masks, _ = nm.refine_masks(own.params, masks, rules, own.grams[k])
+                seconds[f"{order}swaps"] = time.perf_counter() - begun
+                new = nm.reconstruct_layers(own.params, masks, own.grams[k])[0]
+                judged(name := f"{order}swaps, AdaPrune", own, new, rules, k)
+            if "blocks" in run.args.methods:
+                begun = time.perf_counter()
+                new, report = fitted(own, new, masks, k, run)
+                seconds[f"{order}blocks"] = time.perf_counter() - begun
+                judged(name := f"{name}, blocks", own, new, rules, k)
+                reports.append(_blocks(report) | {"method": name, "sample": k})
     return [{"setting": pattern, "method": name, "values": found} for name, found in values.items()], reports, seconds
 
 
-def _shares(report: nm.PermuteReport) -> dict[str, list[float]]:
-    return {layer.path: [layer.before, layer.after] for layer in report.layers}
+def fitted(study: Study, params: Any, masks: Any, k: int, run: Run) -> tuple[Any, nm.BlockReport]:
+    """Blocks fitted together on one sample."""
+    return nm.fit_blocks(
+        study.apply,
+        study.params,
+        params,
+        masks,
+        in_parts(study.samples[k]),
+        row_mask=row_mask if study.network.name == "minilm" else None,
+        layers=run.args.layers,
+        steps=5 if run.quick else run.args.steps,
+    )
 
 
 def _blocks(report: nm.BlockReport) -> dict:
@@ -216,6 +221,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     """Which patterns, on how many samples, and how long blocks are fitted."""
     options(parser)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "2:4-T"], help="patterns (default 2:4 2:4-T)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to do (default: all)")
     parser.add_argument("--samples", type=int, default=len(SEEDS), help="calibration samples (default 3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of Adam for each block (default 300)")
     parser.add_argument("--layers", type=int, default=2, help="sparse layers of a block, at least (default 2)")

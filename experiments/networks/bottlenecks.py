@@ -69,7 +69,10 @@ def fold(variables: dict) -> dict:
             if f"{name}_bn" in params:
                 norm, seen = params[f"{name}_bn"], stats[f"{name}_bn"]
                 scale = norm["scale"] * jax.lax.rsqrt(seen["var"] + 1e-5)
-                folded[name] = {"kernel": node["kernel"] * scale, "bias": norm["bias"] - seen["mean"] * scale}
+                folded[name] = {
+                    "kernel": node["kernel"] * scale[None, None, None],
+                    "bias": norm["bias"] - seen["mean"] * scale,
+                }
             elif name.startswith("block"):
                 folded[name] = below(node, stats[name])
             elif not name.endswith("_bn"):

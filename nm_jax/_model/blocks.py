@@ -113,10 +113,11 @@ class Program:
         several would share joins them. What follows the last is left out."""
         contracted = {k for k, leaf in enumerate(self.traces) if leaf.contractions} | set(masked)
         cuts, held, start = [0], set[int](), 0
+        end = max((p for p, met in enumerate(self.leaves) if met & set(masked)), default=0)
         for cut in [p for p in range(1, len(self.lines)) if len(self._live[p]) == 1] + [len(self.lines)]:
             met = frozenset().union(*self.leaves[start:cut])
             first = start > 0 and len(cuts) == 1 and not held and met & set(masked)
-            if first or (len(held) >= layers and met & contracted):
+            if first or (met & contracted and (len(held) >= layers or (held and start > end))):
                 cuts.append(start)
                 held = set()
             held |= met & set(masked)

@@ -104,7 +104,7 @@ def fit_blocks(
     held_out: Iterable[Any] | None = None,
     row_mask: Callable[..., Array] | None = None,
     boundaries: Sequence[str] | None = None,
-    layers: int = 1,
+    layers: int = 2,
     leaves: str | Sequence[str] | None = None,
     steps: int = 300,
     learning_rate: float = 3e-3,
@@ -130,7 +130,8 @@ def fit_blocks(
         parameter that one of them finds. `[]`: the whole network is one block. `None`: read off the model: a block
         ends where a single value is passed on (behind the sum of a residual block, between plain layers) and the next
         weight is contracted. What no such place divides (the two arms of a U-Net, a scan over layers) is one block.
-      layers: how many masked parameters a block that is read off the model has at least.
+      layers: how many masked parameters a block that is read off the model has at least: with one, plain layers are
+        blocks of their own.
       leaves: regular expressions of the parameters that may change. `None`: all that a block has but tables that are
         looked up and running statistics: also biases, scales of norms, and weights without a mask within the block
         (depthwise convolutions).
@@ -206,6 +207,8 @@ def fit_blocks(
     if len({tuple(block.leaves for block in found) for _, _, found, _ in cuts}) > 1:
         raise ValueError("batches of different shapes are cut into different blocks; give boundaries, or batches alike")
     traces, free, blocks, _ = cuts[0]
+    if not any(block.leaves & free and block.leaves & kept.keys() for block in blocks):
+        raise ValueError(f"nothing to fit: leaves={leaves!r}, masked: {', '.join(masked)}")
     samples = [
         Sample(inputs, (), (), None if row_mask is None else jnp.asarray(row_mask(*inputs)).astype(bool))
         for inputs in everything

@@ -110,6 +110,7 @@ def test_larger_blocks():
     params = weights("stem", "a", "b", "c", "d", "head")
     _, blocks = cut(chain, params, "abc", layers=2)
     assert names(params, blocks, "abc") == [set(), {"a", "b"}, {"c"}]
+    assert names(params, blocks, params) == [{"stem"}, {"a", "b"}, {"c"}]  # not the head, for all that c is one layer
 
 
 def test_a_parameter_that_several_blocks_share_joins_them():

@@ -193,6 +193,7 @@ def test_tables_and_running_statistics_are_left_alone():
         ({"masks": {"stem": None, "head": None}}, "masks has no mask"),
         ({"dense": {"stem": jnp.ones((4, 8))}}, "different trees"),
         ({"layers": 0}, "layers must be 1 or more"),
+        ({"leaves": "elsewhere"}, "nothing to fit: leaves='elsewhere', masked: block0/down"),
         ({"boundaries": ["elsewhere"]}, "no parameter"),
         ({"batches": [jnp.full((2, 4), jnp.nan)], "boundaries": []}, "block0/down.*not finite"),
         ({"row_mask": lambda x: jnp.ones((3,), bool), "boundaries": []}, "row_mask has shape"),
