@@ -88,5 +88,5 @@ def in_order(
         return None if found is None else (transform(found[0]), found[1])
 
     dataset: Any = grain.MapDataset.range(count).map(example)
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=size)
+    options = grain.ReadOptions(num_threads=min(THREADS, size), prefetch_buffer_size=size)
     return iter(dataset.to_iter_dataset(options).batch(size, drop_remainder=False))
