@@ -138,8 +138,8 @@ def pack_params(opt_state: Any, params: PyTree[Array], dtype: jax.typing.DTypeLi
 
     Returns:
       A tree like `params` with a `nm.matmul.PackedParameter` for every leaf that is packed, which a model takes too.
-      Works under `jit`. Reads each weight and writes half of it for each of its two products: 3.1 bytes per entry and
-      product in bfloat16.
+      Works under `jit`. Writes half of each weight for each of its two products; the program that XLA makes for an H100
+      moves 15.3 bytes per entry in bfloat16, where products that pack for themselves move 5.6 forward and 5.1 backward.
 
     Raises:
       ValueError: for a state without positions, or one of other parameters.

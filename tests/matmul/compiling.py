@@ -22,8 +22,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from nm_jax.matmul import ampere, hopper, nm_matmul
-from nm_jax.matmul._compress import SparseMatrix
+from nm_jax._core.nonzero import nonzero
+from nm_jax.matmul import ampere, hopper, nm_matmul, pack
+from nm_jax.matmul._compress import SparseMatrix, compress
+from nm_jax.matmul._parameter import parameter, positions
 from tests.matmul.hopper_machine import Descriptor
 
 # What the compiler asks of a GPU that is not there.
@@ -143,6 +145,25 @@ def train_step(gpu, tokens, k, rows):
 
     shapes = [_shape(jnp.bfloat16, *sizes) for sizes in ((k, rows), (tokens, k), (tokens, rows))]
     return _compile(device, jax.grad(loss, argnums=(0, 1)), *shapes)
+
+
+def packing(gpu, what, *how):
+    """Compiles what packs a weight of 16 bits: `in product` and `pack`, one side, or `at once`."""
+    w, mask = _shape(jnp.bfloat16, 4096, 4096), _shape(jnp.bool_, 4096, 4096)
+    if what == "in product":
+        turned = (lambda w: w.T) if how[0] == "forward" else lambda w: w
+        return _compile(_device(gpu), lambda w: compress(turned(w), nonzero(turned(w)))[0], w).text
+    if what == "at once":
+        where = jax.eval_shape(lambda mask: positions(mask, "io", True), mask)
+        return _compile(_device(gpu), lambda where, w: _sides(parameter(where, w)), where, w).text
+    side, masked = how
+    arguments = (w, mask) if masked else (w,)
+    return _compile(_device(gpu), lambda *args: _sides(pack(*args, orientation=side)), *arguments).text
+
+
+def _sides(packed):
+    """Values and metadata of the sides that are there."""
+    return [(side.values, side.metadata) for side in (packed.forward, packed.backward) if side is not None]
 
 
 def _device(gpu):

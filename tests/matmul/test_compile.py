@@ -16,7 +16,7 @@ import pytest
 
 from nm_jax.matmul import ampere, hopper
 from nm_jax.matmul._fragments import lane_words
-from tests.matmul import cases, compiling, hopper_machine, hopper_warp, ptx
+from tests.matmul import cases, compiling, hopper_machine, hopper_warp, packing_cost, ptx
 
 pytestmark = pytest.mark.gpu_compile
 
@@ -46,6 +46,20 @@ def compiled(workers):
 def assert_no_spills(report):
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert "warning" not in report.lower(), report  # such as products that had to be serialised
+
+
+PACKINGS = {
+    **{("in product", side): cost for side, cost in packing_cost.IN_PRODUCT.items()},
+    **{("pack", *how): cost for how, cost in packing_cost.PACK.items()},
+    ("at once",): packing_cost.AT_ONCE,
+}
+
+
+@pytest.mark.parametrize("how", PACKINGS, ids=str)
+def test_what_packing_moves(compiled, how):
+    """Bytes for each entry of the weight, as the documentation says."""
+    program = compiled(compiling.packing, "h100", *how)
+    assert packing_cost.traffic(program) / 4096**2 == pytest.approx(PACKINGS[how], abs=0.06)
 
 
 HOPPER_CONFIGS = [

@@ -203,5 +203,4 @@ def test_the_documented_cost_of_packing_is_what_the_code_counts():
         cost = packing(int(batches), again == "yes")
         expected = cost.in_products, cost.in_products * entries / 1e9, cost.once, cost.once * entries / 1e9
         np.testing.assert_allclose([float(figure) for figure in figures], expected, rtol=0.05)
-    one, again, many = packing(1), packing(1, remat=True), packing(8)
-    assert many.in_products == 8 * one.in_products and one.once == again.once == many.once < one.in_products
+    assert packing(1).in_products < packing(1).once < packing(1, remat=True).in_products < packing(2).in_products
