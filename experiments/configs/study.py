@@ -142,7 +142,7 @@ class Study:
       presets: how much, by name.
       dense: rules of the layers that stay dense: the first and the last.
       learned: what is learned; preset, data, what the weights are or `None`, seed -> task.
-      planned: preset, pattern -> the plan that patterns go by, instead of rules.
+      planned: preset, pattern -> the plan that patterns go by, instead of rules; the result says what it leaves dense.
       figures: what evaluation gives and tables show; variants are compared by the first one, and more of it is better.
     """
 
@@ -151,7 +151,7 @@ class Study:
     presets: Mapping[str, Preset]
     dense: tuple[tuple[str, None], ...] = (("^(conv1|features_0)/", None), ("^(linear|fc|classifier_6)/", None))
     learned: Callable[[Preset, Any, Any, int], Task] = task
-    planned: Callable[[Preset, str], Any] | None = None
+    planned: Callable[[Preset, str], nm.Plan] | None = None
     figures: tuple[str, ...] = ("accuracy",)
 
     def experiment(self) -> Experiment:
@@ -170,6 +170,8 @@ class Study:
         until = time.monotonic() + 60 * run.args.minutes if run.args.minutes else None
         base = (run.path.parent if run.quick else run.args.runs) / self.name / run.part
         steps = data.count // preset.recipe.batch
+        patterns = dict.fromkeys(variant.pattern for variant in self.variants if variant.pattern is not None)
+        plans = {pattern: self.planned(preset, pattern) for pattern in patterns} if self.planned else {}
 
         def result():
             rows = [progress(base / folder(v, s), v, s, preset.recipe.epochs) for s, v in runs]
@@ -186,11 +188,13 @@ class Study:
             if preset.before is not None:
                 dense = progress(base / BEFORE, Variant("dense"), 0, preset.before.epochs)
                 found["before"] = dense | {"recipe": dataclasses.asdict(preset.before)}
+            if plans:
+                found["dense"] = {pattern: left_dense(plan) for pattern, plan in plans.items()}
             return found
 
         def advance(display, preset, variant, seed, path) -> Training | None:
             """A run that has been brought to its end; `None` if there was no time for it."""
-            training = self._run(preset, data, start, variant, seed, path)
+            training = self._run(preset, data, start, variant, seed, path, plans)
             name = f"{variant.name}, seed {seed}" if path.name != BEFORE else "dense, before"
             per_epoch = data.count // preset.recipe.batch
             bar = display.add_task(name, total=training.steps, completed=training.number, seen="")
@@ -220,13 +224,14 @@ class Study:
                     break
         return result()
 
-    def _run(self, preset: Preset, data: Data, start: Any, variant: Variant, seed: int, path: Path) -> Training:
+    def _run(
+        self, preset: Preset, data: Data, start: Any, variant: Variant, seed: int, path: Path, plans: dict
+    ) -> Training:
         recipe, steps = preset.recipe, data.count // preset.recipe.batch
         tx = recipe.optimiser(steps)
-        if variant.pattern is not None and self.planned is not None:
-            tx = variant.by(tx, self.planned(preset, variant.pattern))
-        else:
-            tx = variant.sparse(tx, list(self.dense))
+        tx = (
+            variant.by(tx, plans[variant.pattern]) if variant.pattern in plans else variant.sparse(tx, list(self.dense))
+        )
         settings = {
             "variant": dataclasses.asdict(variant) | {"solver": repr(variant.solver)},
             "recipe": dataclasses.asdict(recipe),
@@ -255,6 +260,11 @@ def quick(preset: Preset) -> Preset:
         return dataclasses.replace(recipe, epochs=1, warmup=0, drops=(), batch=QUICK // 2)
 
     return dataclasses.replace(preset, recipe=of(preset.recipe), seeds=1, before=preset.before and of(preset.before))
+
+
+def left_dense(plan: nm.Plan) -> dict[str, str]:
+    """The matrices and kernels that stay dense, and why."""
+    return {leaf.path: leaf.reason for leaf in plan.leaves if leaf.pattern is None and len(leaf.shape) > 1}
 
 
 def folder(variant: Variant, seed: int) -> str:

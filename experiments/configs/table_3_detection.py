@@ -58,8 +58,13 @@ STUDY = Study(
 
 
 def tables(result: dict) -> list[Table]:
-    """AP of boxes, beside the paper's, and of masks."""
-    return [compared("ap", result, PAPER)]
+    """AP of boxes, beside the paper's, and of masks; and what stays dense."""
+    reasons: dict[str, list[str]] = {}
+    for dense in result["dense"].values():
+        for path, reason in dense.items():
+            reasons.setdefault(path, []).append(reason)
+    rows = [(path, "; ".join(dict.fromkeys(why))) for path, why in reasons.items()]
+    return [compared("ap", result, PAPER), Table("dense", ("layer", "why"), rows, "What stays dense by `nm.plan`")]
 
 
 EXPERIMENT = dataclasses.replace(STUDY.experiment(), tables=tables)

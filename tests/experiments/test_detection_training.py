@@ -6,6 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.configs import detection
+from experiments.configs.study import left_dense
+from experiments.configs.table_3_detection import STUDY
+from experiments.data.errors import DataError
 from experiments.networks.detection import MaskRCNN, Sizes, boxes, losses, matching, roi_align
 
 LEARNER = MaskRCNN(
@@ -213,6 +217,34 @@ def test_masks_of_boxes_are_shares_of_their_bins():
                 near = [np.maximum(1 - abs(np.arange(n) - at), 0) for n, at in ((20, y), (24, x))]
                 wanted[i // down, j // across] += near[0] @ masks[number[k]] @ near[1] / (down * across)
         np.testing.assert_allclose(got[k], wanted, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ the experiment
+
+
+def test_the_papers_setting_asks_for_its_data_and_weights(tmp_path):
+    with pytest.raises(DataError, match="trains on COCO: name its folder, --data FOLDER, which has annotations"):
+        detection.official(None)
+    with pytest.raises(DataError, match=r"instances_train2017\.json: there is none"):
+        detection.official(tmp_path)
+    with pytest.raises(DataError, match="starts from a trained maskrcnn_resnet50_fpn: name its weights"):
+        detection.pretrained(None)
+    with pytest.raises(DataError, match=r"nowhere\.pth: there is no such file"):
+        detection.pretrained(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu", "paper"])
+def test_what_stays_dense_in_the_experiment_are_the_first_layer_and_the_heads(name):
+    for pattern in ("2:4", "4:8-T"):
+        plan = detection.planned(STUDY.presets[name], pattern)
+        heads = {"rpn/cls_logits", "roi_heads/cls_score", "roi_heads/mask_fcn_logits"}
+        dense = {path.removesuffix("/kernel"): why for path, why in left_dense(plan).items()}
+        assert heads | {"backbone/conv1"} <= set(dense)
+        # Heads whose outputs no group fits into: five classes in the small network, 91 and their shifts in the other.
+        others = {path: why for path, why in dense.items() if path not in heads | {"backbone/conv1"}}
+        assert all("not a multiple" in why for why in others.values()), others
+        assert set(others) <= {"rpn/bbox_pred", "roi_heads/bbox_pred"}
 
 
 # ------------------------------------------------------------------------------------------------------------ learning

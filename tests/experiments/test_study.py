@@ -12,6 +12,8 @@ import textwrap
 import time
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -115,7 +117,13 @@ def test_variants_go_on_from_one_network_that_is_trained_before(tmp_path):
     """At a rate of 0 they end as it did, masked; also where the first start had no time. Patterns go by a plan."""
     short = dataclasses.replace(SHORT.recipe, average=None)
     preset = dataclasses.replace(SHORT, recipe=dataclasses.replace(short, epochs=1, rate=0.0), before=short)
-    study = Study("toy", VARIANTS[::2], {"cpu": preset}, planned=lambda preset, pattern: [("linear/kernel", pattern)])
+
+    def planned(preset, pattern):
+        params = jax.eval_shape(Wide().init, jax.random.key(0), jnp.zeros((1, 64)))["params"]
+        return nm.plan(lambda p, x: Wide().apply({"params": p}, x), params, jnp.zeros((1, 64)), pattern=pattern)
+
+    # By these rules the plan would be another one.
+    study = Study("toy", VARIANTS[::2], {"cpu": preset}, (("middle", None),), planned=planned)
     part = measured(tmp_path, minutes=1e-9, study=study)
     assert part["before"]["epochs_done"] == 0 and not (tmp_path / "toy/cpu" / folder(VARIANTS[0], 0)).exists()
     result = measured(tmp_path, study=study)
@@ -124,11 +132,12 @@ def test_variants_go_on_from_one_network_that_is_trained_before(tmp_path):
         for name in ("before", folder(VARIANTS[0], 0), folder(VARIANTS[2], 0))
     )
     assert result["before"]["evaluations"]["accuracy"][-1] == result["rows"][0]["evaluations"]["accuracy"][-1] > 30
-    kept = sparse["params/linear/kernel"] != 0
-    assert [kept[k : k + 4].sum(0).max() for k in range(0, 16, 4)] == [2] * 4
+    assert result["dense"] == {"2:4": {"conv1/kernel": "the first layer", "linear/kernel": "the last layer"}}
+    kept = sparse["params/middle/kernel"] != 0
+    assert [kept[k : k + 4].sum(0).max() for k in range(0, 32, 4)] == [2] * 8
     for name, array in before.items():
         np.testing.assert_array_equal(dense[name], array)
-        np.testing.assert_array_equal(sparse[name], array * kept if name == "params/linear/kernel" else array)
+        np.testing.assert_array_equal(sparse[name], array * kept if name == "params/middle/kernel" else array)
     (shown,) = tables(result)
     assert (
         "from pretrained" in shown.title
