@@ -128,6 +128,9 @@ def training_around():
         nm.sparse_training(optax.sgd(0.1), "2:4", refresh_every=1, begin_step=1, end_step=2),
         nm.sparse_training(optax.sgd(0.1), "2:4", decay=nm.GradientDecay(1e-3)),
         nm.sparse_training(optax.sgd(0.1), "2:4", decay=nm.StepDecay(1.0)),
+        nm.sparse_training(
+            optax.sgd(0.1), "2:4", refresh_every=optax.constant_schedule(2), begin_step=1, end_when_settled=0.1
+        ),
         nm.recipes.paper(optax.sgd(0.1), "2:4"),
         nm.recipes.fixed_mask(optax.sgd(0.1), "2:4"),
         nm.recipes.maximal_update(optax.sgd(0.1), "2:4"),

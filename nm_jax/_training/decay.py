@@ -109,6 +109,12 @@ class StepDecay(Decay):
         return step - jnp.where(mask, 0, rate * weight)
 
 
+def relative_size(step: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """rms(step) / rms(weight); of weights that are all 0, the norm of the step."""
+    size = _norm(weight)
+    return _norm(step) / jnp.where(size > 0, size, 1)
+
+
 def _norm(value: Float[Array, "*shape"]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum(jax.lax.stop_gradient(value) ** 2))
 

@@ -27,11 +27,9 @@ def fixed_mask(
 
     def init(params):
         sparse = SparseLeaves.of(params, rules, partial)
-        masks, stats = refresh.start(sparse.leaves, sparse.take(params))
+        masks, stats, positions = refresh.start(sparse, sparse.take(params))
         inner_state = inner.init(params)
         refuse_line_searches(inner_state)
-        where = refresh.positions(sparse.leaves, masks)
-        positions = None if where is None else sparse.only(where)
         return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), None, stats, inner_state, positions)
 
     def update(updates, state, params=None, **extra_args):
@@ -55,7 +53,9 @@ def fixed_mask(
         ]
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
-        masks, stats, where = refresh(step, sparse.leaves, moved, masks, stats, state.packed, jax.tree.leaves(params))
+        masks, stats, where = refresh(
+            step, sparse.leaves, moved, masks, stats, state.packed, lambda: stats.move, jax.tree.leaves(params)
+        )
         kept = [jnp.where(mask, change, -w) for mask, change, w in zip(masks, steps, weights, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(step, sparse.only(masks), None, stats, inner_state, where)
 

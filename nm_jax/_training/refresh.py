@@ -1,8 +1,9 @@
-"""When masks are found anew, and what that changed."""
+"""Masks that are found anew when they are due, and what that changed."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from nm_jax._core.rules import SparseLeaf
 from nm_jax._core.sharding import by_mesh
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
+from nm_jax._training.due import Due
+from nm_jax._training.sparse_leaves import SparseLeaves
 from nm_jax._training.state import RefreshStats
 from nm_jax.matmul import PackedWeight
 from nm_jax.matmul._parameter import positions
@@ -29,28 +32,29 @@ class Refresh:
     """Finds masks of the dense weights at the start, and again when they are due.
 
     Attributes:
-      every: updates between two refreshes; `None`: the masks of `begin_step` stay.
-      begin_step: updates before the first masks.
-      end_step: no refresh after this many updates.
+      due: after which updates.
       solver: solver for every leaf; `None` takes the default for each pattern.
       scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
       packed: whether positions of what masks keep are found with them.
     """
 
-    every: int | None
-    begin_step: int
-    end_step: int | None
+    due: Due
     solver: Solver | None
     scores: Scores | None
     packed: bool
 
-    def start(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, RefreshStats]:
-        """The first masks, compiled as one; all True where there are dense updates before.
+    def start(self, sparse: SparseLeaves, dense: Weights) -> tuple[Masks, RefreshStats, Any]:
+        """The first masks, their statistics, and a tree of their positions, if these are asked for.
 
         Raises:
-          ValueError: for NaN among concrete weights.
+          ValueError: for NaN among concrete weights; if positions are asked for and none can be.
         """
-        if self.begin_step > 0 or not leaves:
+        masks, stats = self._start(sparse.leaves, dense)
+        return masks, stats, sparse.only(self._positions(sparse.leaves, masks)) if self.packed else None
+
+    def _start(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, RefreshStats]:
+        """Compiled as one; all True where there are dense updates before."""
+        if self.due.begin_step > 0 or not leaves:
             masks = [jnp.ones(leaf.shape, bool) for leaf in leaves]
             return masks, _stats(masks, masks, dense, None)
 
@@ -76,16 +80,19 @@ class Refresh:
         masks: Masks,
         stats: RefreshStats,
         positions: Any,
+        moves: Callable[[], Float[Array, " leaves"]],
         beside: Sequence[Array],
     ) -> tuple[Masks, RefreshStats, Any]:
-        """The masks, their statistics and positions after update number `step`: new ones when they are due. `beside`:
-        the other arrays of the program.
+        """The masks, their statistics and positions after update number `step`: new ones when they are due. `moves`:
+        how far the update moved each weight, relative, asked for then only; `beside`: the other arrays of the program.
 
         A loop of no turn or one: unlike the branches of `lax.cond`, it leaves masks that stay where they are (XLA would
         copy them, twice, on every step). Nothing in it has a gradient; an update as a whole still does.
         """
-        due = self._due(step)
-        if due is None or not leaves:
+        if not leaves:
+            return masks, stats, positions
+        due = self.due(step, stats, tuple(math.prod(leaf.shape) for leaf in leaves))
+        if due is None:
             return masks, stats, positions
         frozen, stats = jax.lax.stop_gradient((dense, stats))
         entries, containers = jax.tree.flatten(positions)
@@ -93,35 +100,23 @@ class Refresh:
         def find(carry):
             _, old, _, _ = carry
             found, solved = self._find(leaves, frozen, beside)
-            new = _stats(old, found, frozen, solved)._replace(drift=stats.drift)
-            where = None if positions is None else self.positions(leaves, found)
+            new = _stats(old, found, frozen, solved)._replace(move=jax.lax.stop_gradient(moves()), drift=stats.drift)
+            where = self._positions(leaves, found) if self.packed else None
+            new = new.after(stats, step, step > self.due.begin_step)
             return jnp.zeros((), bool), found, new, jax.tree.leaves(where)
 
         _, masks, stats, entries = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats, entries))
         return masks, stats, jax.tree.unflatten(containers, entries)
 
-    def positions(self, leaves: Sequence[SparseLeaf], masks: Masks) -> list[PackedWeight | None] | None:
-        """What `nm.pack_params` needs of the masks: `None` for a leaf that is not packed.
-
-        Raises:
-          ValueError: if none is.
-        """
-        if not self.packed:
-            return None
-        found = [_positions(leaf, mask) for leaf, mask in zip(leaves, masks, strict=True)]
+    def _positions(self, leaves: Sequence[SparseLeaf], masks: Masks) -> list[PackedWeight | None]:
+        """What `nm.pack_params` needs of the masks: `None` for a leaf that is not packed."""
+        found = [_packed_at(leaf, mask) for leaf, mask in zip(leaves, masks, strict=True)]
         if leaves and all(where is None for where in found):
             raise ValueError(
                 "packed=True, and no leaf can be packed: that takes a 2:4 pattern, sizes that 4 divides, and "
                 "dimensions of a batch before the others; use packed=False"
             )
         return found
-
-    def _due(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
-        """Whether masks are found after this update; `None` when they never are."""
-        if self.every is None:
-            return step == self.begin_step if self.begin_step > 0 else None
-        due = (step >= self.begin_step) & ((step - self.begin_step) % self.every == 0)
-        return due if self.end_step is None else due & (step <= self.end_step)
 
     def _find(
         self, leaves: Sequence[SparseLeaf], dense: Weights, beside: Sequence[Array] = ()
@@ -133,7 +128,7 @@ class Refresh:
         return [s.mask for s in solved], solved
 
 
-def _positions(leaf: SparseLeaf, mask: Bool[Array, "..."]) -> PackedWeight | None:
+def _packed_at(leaf: SparseLeaf, mask: Bool[Array, "..."]) -> PackedWeight | None:
     groups, across = leaf.pattern.contraction_groups, leaf.pattern.output_groups
     if groups is None or not groups.two_of_four:
         return None
@@ -151,13 +146,19 @@ def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | No
 
     proofs = [Proof.none(jnp.float32(0)) for _ in new] if solved is None else [s.proof for s in solved]
     nans = [jnp.any(jnp.isnan(d)) for d in dense] if solved is None else [s.nan for s in solved]
-    flip_rate = each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new)
+    flip_rate, share = each(lambda a, b: jnp.mean((a != b).astype(jnp.float32)), old, new), each(retained, new, dense)
+    nothing = blank(flip_rate.shape, jnp.float32, flip_rate)
     return RefreshStats(
         flip_rate=flip_rate,
-        retained=each(retained, new, dense),
+        retained=share,
         proof=Proof(*[each(lambda proof, k=k: proof[k], proofs) for k in range(len(Proof._fields))]),
         nan=each(lambda nan: nan, nans, dtype=bool),
-        drift=blank(flip_rate.shape, jnp.float32, flip_rate),
+        drift=nothing,
+        step=blank(flip_rate.shape, jnp.int32, flip_rate),
+        move=nothing,
+        largest_flip_rate=nothing,
+        largest_retained=nothing if solved is None else share,
+        largest_move=nothing,
     )
 
 

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
-from nm_jax._training.decay import Decay
+from nm_jax._training.decay import Decay, relative_size
 from nm_jax._training.drift import drifted
 from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
@@ -71,11 +71,9 @@ def refreshed_mask(
         sparse = SparseLeaves.of(params, rules, partial)
         # Copies, never aliases of the parameters: the caller may donate both.
         dense = [jnp.array(w, jnp.float32 if w.dtype.itemsize < 4 else w.dtype, copy=True) for w in sparse.take(params)]
-        masks, stats = refresh.start(sparse.leaves, dense)
+        masks, stats, positions = refresh.start(sparse, dense)
         inner_state = inner.init(sparse.put(params, dense))
         refuse_line_searches(inner_state)
-        where = refresh.positions(sparse.leaves, masks)
-        positions = None if where is None else sparse.only(where)
         return SparseTrainingState(
             jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state, positions
         )
@@ -95,12 +93,23 @@ def refreshed_mask(
             gradients, state.inner, sparse.put(params, stored), **not_to_be_called(extra_args)
         )
 
-        moved = [w.moved(change, decay) for w, change in zip(weights, sparse.take(changes), strict=True)]
+        steps = sparse.take(changes)
+        moved = [w.moved(change, decay) for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
-        masks, stats, where = refresh(step, sparse.leaves, moved, masks, stats, state.packed, jax.tree.leaves(params))
+
+        def moves():
+            return jnp.stack([_relative(change, weight) for change, weight in zip(steps, moved, strict=True)])
+
+        masks, stats, where = refresh(
+            step, sparse.leaves, moved, masks, stats, state.packed, moves, jax.tree.leaves(params)
+        )
         kept = [w.change(mask, dense) for w, mask, dense in zip(weights, masks, moved, strict=True)]
         return sparse.put(changes, kept), SparseTrainingState(
             step, sparse.only(masks), sparse.only(moved), stats, inner_state, where
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _relative(step: Float[Array, "*shape"] | None, weight: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return jnp.float32(0) if step is None else relative_size(step, weight).astype(jnp.float32)

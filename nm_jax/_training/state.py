@@ -24,6 +24,12 @@ class RefreshStats(NamedTuple):
         around `sparse_training` that moves the parameters itself (`optax.lookahead`, `optax.contrib.mechanize`): the
         model has not always been sparse, and the next update undid the edit. All of the first 40 updates after the
         first are looked at, then one in 37.
+      step: the update after which the masks were found; 0 until the first refresh.
+      move: the l2 norm of the step that the optimiser made in that update, relative to that of the dense weights after
+        it; not found for a fixed mask.
+      largest_flip_rate: of all refreshes so far; the first masks after dense updates are none.
+      largest_retained: of all masks so far.
+      largest_move: of all refreshes so far.
 
     Examples:
       >>> import jax.numpy as jnp, optax, nm_jax as nm
@@ -38,6 +44,34 @@ class RefreshStats(NamedTuple):
     proof: Proof
     nan: Bool[Array, " leaves"]
     drift: Float[Array, " leaves"]
+    step: Int[Array, " leaves"]
+    move: Float[Array, " leaves"]
+    largest_flip_rate: Float[Array, " leaves"]
+    largest_retained: Float[Array, " leaves"]
+    largest_move: Float[Array, " leaves"]
+
+    @property
+    def failing(self) -> Bool[Array, " leaves"]:
+        """Whether masks do what ends training badly; a mask that stays, or another decay, may then do better.
+
+        retained < 0.98 * largest_retained, or flip_rate > largest_flip_rate / 2 and move < largest_move / 10
+
+        Kept and pruned weights grow alike, or masks go on changing while the learning rate vanishes. Training with a
+        decay too weak for its loss shows the first; that neither is seen does not say that all is well. Compare
+        `nm.recipes.fixed_mask`, or decay more strongly. Works under `jit`.
+        """
+        fallen = self.retained < 0.98 * self.largest_retained
+        restless = (self.flip_rate > self.largest_flip_rate / 2) & (self.move < self.largest_move / 10)
+        return fallen | restless
+
+    def after(self, before: "RefreshStats", step: Int[Array, ""], changes: Bool[Array, ""]) -> "RefreshStats":
+        """These, with the largest of all so far. `changes`: whether masks were there before, and may have changed."""
+        return self._replace(
+            step=jnp.zeros_like(before.step) + step,
+            largest_flip_rate=jnp.maximum(before.largest_flip_rate, jnp.where(changes, self.flip_rate, 0)),
+            largest_retained=jnp.maximum(before.largest_retained, self.retained),
+            largest_move=jnp.maximum(before.largest_move, self.move),
+        )
 
 
 class SparseTrainingState(NamedTuple):

@@ -6,6 +6,7 @@ from nm_jax._core.rules import Rules, parse_rules
 from nm_jax._masks.compute import Scores
 from nm_jax._training.decay import Decay, StepDecay, as_decay
 from nm_jax._training.density import at_density
+from nm_jax._training.due import Due, Interval
 from nm_jax._training.fixed_mask import fixed_mask
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.refreshed_mask import refreshed_mask
@@ -16,13 +17,14 @@ def sparse_training(
     inner: optax.GradientTransformation,
     rules: Rules,
     *,
-    refresh_every: int | None = 40,
+    refresh_every: Interval | None = 40,
     decay: float | Decay = StepDecay(3.0),  # noqa: B008
     scale_steps: bool = False,
     solver: Solver | None = None,
     scores: Scores | None = None,
     begin_step: int = 0,
     end_step: int | None = None,
+    end_when_settled: float | None = None,
     partial: str = "skip",
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,7 +54,8 @@ def sparse_training(
       inner: any optax optimiser that does not evaluate the loss itself.
       rules: a pattern such as `"2:4-T"`, or `(path regex, pattern or None, optional axes)`; a `Plan`
         (`nm.plan`) is safest. Axes letters: i contraction, o output, b batch.
-      refresh_every: updates between two refreshes; 40 in the paper. `None`: the mask is found once and stays (the
+      refresh_every: updates between two refreshes; 40 in the paper. Or a schedule, a function of the number of updates
+        done such as `optax.linear_schedule(10, 200, steps)`. `None`: the mask is found once and stays (the
         paper's retraining of a pretrained network). No dense copy is kept then, and gradients are masked before
         `inner`.
       decay: of pruned weights: `nm.StepDecay(3.0)`, as large as the optimiser's steps, or a number, the strength of
@@ -62,6 +65,8 @@ def sparse_training(
       scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
       begin_step: number of dense updates before the first mask.
       end_step: no refresh after this many updates; the last masks stay.
+      end_when_settled: no refresh after one that changed at most this share (0.1, say) of the mask entries that the one
+        that changed the most of them did; the last masks stay. Not for learning rates that rise again.
       partial: leaves whose sizes m does not divide: `"skip"` (they stay dense), `"pad"` or `"error"`.
       packed: keep the positions of what 2:4 masks keep, as sparse tensor cores read them, found anew when masks are:
         1/8 byte per weight and product (1/4 with a transposable mask). `nm.pack_params` packs the weights with them,
@@ -115,17 +120,14 @@ def sparse_training(
       (True, True)
     """
     parse_rules(rules)
-    if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1, or None for a fixed mask, got {refresh_every}")
-    if begin_step < 0 or (end_step is not None and end_step < begin_step):
-        raise ValueError(f"steps need 0 <= begin_step <= end_step, got {begin_step} and {end_step}")
+    due = Due(refresh_every, begin_step, end_step, end_when_settled)
     if packed and begin_step:
         raise ValueError(f"packed weights need masks from the start, got begin_step={begin_step}; use packed=False")
     decay = as_decay(decay)
     inner = optax.with_extra_args_support(inner)
     if scale_steps:
         inner = at_density(inner, rules, partial, begin_step)
-    refresh = Refresh(refresh_every, begin_step, end_step, solver, scores, packed)
+    refresh = Refresh(due, solver, scores, packed)
     if refresh_every is None:
         return fixed_mask(inner, rules, partial, refresh)
     return refreshed_mask(inner, rules, partial, refresh, decay)
