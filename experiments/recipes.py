@@ -34,6 +34,7 @@ from experiments.train import Task, Training
 from experiments.train.task import cross_entropy
 
 STEPS, BATCH, SEEDS = 1200, 64, 3
+S_STE = "S-STE"  # a way to compute with weights, for n:m alone; the optimiser stays as it is
 PATTERNS = ("2:4-T", "2:4", "4:8-T")
 EVERY = 40
 
@@ -158,7 +159,33 @@ def recipes(steps: int) -> dict[str, Callable[..., optax.GradientTransformation]
         "StepDecay(1)": functools.partial(sparse, decay=nm.StepDecay(1.0)),
         "StepDecay(10)": functools.partial(sparse, decay=nm.StepDecay(10.0)),
         "default, dense for a tenth": functools.partial(sparse, begin_step=steps // 10),
+        "default, ever more rarely": functools.partial(sparse, refresh_every=optax.linear_schedule(10, 100, steps)),
+        "default, until settled": functools.partial(sparse, end_when_settled=0.1),
+        "default, 2:4 for a quarter": functools.partial(nm.recipes.gradual_transposable, until=steps // 4),
+        "default, decaying for a quarter": functools.partial(nm.recipes.decaying, until=steps // 4),
+        S_STE: lambda inner, pattern, solver: inner,
     }
+
+
+def softened(task: Task, pattern: str) -> Task:
+    """The task with S-STE's weights in place of the kernels, which train as if they were dense."""
+
+    def init(key):
+        params, _ = task.init(key)
+        return params, {layer: nm.s_ste_scale(leaves["kernel"], pattern) for layer, leaves in params.items()}
+
+    def soft(params, scales):
+        return {
+            layer: {**leaves, "kernel": nm.s_ste(leaves["kernel"], scales[layer], pattern)}
+            for layer, leaves in params.items()
+        }
+
+    def loss(params, scales, batch, key):
+        return task.loss(soft(params, scales), {}, batch, key)[0], scales
+
+    assert task.evaluate is not None
+    evaluate = task.evaluate
+    return Task(init, loss, task.batch, lambda params, scales: evaluate(soft(params, scales), {}))
 
 
 def train(task: Task, tx: optax.GradientTransformation, steps: int, seed: int, sparse: bool) -> dict:
@@ -180,7 +207,11 @@ def measure(run: Run) -> dict:
     steps, seeds = (EVERY, 1) if run.quick else (STEPS, SEEDS)
     patterns = PATTERNS[:1] if run.quick else tuple(run.args.patterns.split(","))
     setting, known = SETTINGS[run.part], recipes(steps)
-    wanted = [(None, "dense")] + [(pattern, name) for pattern in patterns for name in known]
+    names = run.args.recipes.split(";") if run.args.recipes else list(known)
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"unknown recipes {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    wanted = [(pattern, name) for pattern in patterns for name in names if name != S_STE or "-" not in pattern]
+    wanted.insert(0, (None, "dense"))
     if run.quick:
         wanted = wanted[:4] if run.part == "autoencoder" else wanted[:1]
     facts = {"metric": setting.metric, "steps": steps, "seeds": seeds}
@@ -191,7 +222,9 @@ def measure(run: Run) -> dict:
         for pattern, name in wanted:
             if not any((row["pattern"], row["recipe"]) == (pattern, name) for row in rows):
                 tx = inner if pattern is None else known[name](inner, pattern, solver=_solver(pattern))
-                found = [train(learned, tx, steps, seed, pattern is not None) for seed in range(seeds)]
+                soft = name == S_STE
+                trained = softened(learned, str(pattern)) if soft else learned
+                found = [train(trained, tx, steps, seed, pattern is not None and not soft) for seed in range(seeds)]
                 columns = {key: [one[key] for one in found] for key in found[0]}
                 rows.append({"pattern": pattern, "recipe": name} | columns)
                 run.keep(facts | {"rows": rows})
@@ -240,9 +273,10 @@ def summary(values: list[Any]) -> str:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Which patterns."""
+    """Which patterns and recipes."""
     every = ",".join(PATTERNS)
     parser.add_argument("--patterns", default=every, help=f"comma-separated, of {every}; all unless given")
+    parser.add_argument("--recipes", default="", help="separated by semicolons; all unless given")
 
 
 EXPERIMENT = Experiment(measure, tables, options=options, parts=tuple(SETTINGS))

@@ -25,6 +25,7 @@ from ._training.transformation import sparse_training as sparse_training
 from ._training.decay import Decay as Decay
 from ._training.decay import GradientDecay as GradientDecay
 from ._training.decay import StepDecay as StepDecay
+from ._training.choose_decay import choose_decay as choose_decay
 from . import recipes as recipes
 from ._training.state import RefreshStats as RefreshStats
 from ._training.state import SparseTrainingState as SparseTrainingState
@@ -37,6 +38,8 @@ from ._training.reading import with_params as with_params
 from ._training.straight_through import sr_ste as sr_ste
 from ._training.straight_through import sr_ste_term as sr_ste_term
 from ._training.straight_through import ste as ste
+from ._training.soft_threshold import s_ste as s_ste
+from ._training.soft_threshold import s_ste_scale as s_ste_scale
 
 # The model: how it uses its parameters, and what becomes of them.
 from ._model.plan import Plan as Plan

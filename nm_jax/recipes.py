@@ -4,10 +4,13 @@ To add a recipe, write a function here that takes `inner`, `rules` and further a
 where it is from and what to expect.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import optax
 
+from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM
 from nm_jax._core.rules import Rules
 from nm_jax._training.decay import GradientDecay
 from nm_jax._training.transformation import sparse_training
@@ -94,3 +97,91 @@ def maximal_update(
       0.75
     """
     return sparse_training(inner, rules, **{"scale_steps": True, **settings})
+
+
+def gradual_transposable(
+    inner: optax.GradientTransformation, rules: Rules, *, until: int, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Masks are n:m along the contraction axis first, and n:m-T from update `until` on.
+
+    Transposable masks are few, and those of untrained weights keep what they must rather than what matters; plain n:m
+    masks are freer while that is being found out. Expect: a jump of the loss at `until`, so leave time to train after.
+
+    Args:
+      inner: any optax optimiser that does not evaluate the loss itself.
+      rules: as in `nm.sparse_training`; leaves whose pattern is not transposable have it from the start.
+      until: number of updates with n:m.
+      settings: other arguments of `nm.sparse_training`.
+
+    Returns:
+      What `nm.sparse_training` returns.
+
+    Source: this project; masks go from one pattern to a stricter one as in `decaying`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+      >>> tx = nm.recipes.gradual_transposable(optax.sgd(0.1), "2:4-T", until=2)
+      >>> state, transposable = tx.init(params), []
+      >>> for _ in range(2):
+      ...     transposable.append(nm.verify(nm.masks(state), "2:4-T").ok)
+      ...     _, state = tx.update(params, state, params)
+      >>> transposable, nm.verify(nm.masks(state), "2:4-T").ok
+      ([False, False], True)
+    """
+    return sparse_training(inner, rules, earlier=[(until, _along_one_axis)], **settings)
+
+
+def _along_one_axis(pattern: Pattern) -> Pattern:
+    return NM(pattern.n, pattern.m) if isinstance(pattern, TransposableNM) else pattern
+
+
+def decaying(
+    inner: optax.GradientTransformation, rules: Rules, *, until: int, stages: int = 3, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Masks keep m - 1 of m first, then fewer and fewer, and n of m from update `until` on.
+
+    n + ceil((m - 1 - n) (stages - k) / stages) of m    in stage k = 0, 1, ..., stages - 1, each as long
+
+    Expect: a network that hardly loses anything while its learning rate is large; leave time to train after `until`.
+
+    Args:
+      inner: any optax optimiser that does not evaluate the loss itself.
+      rules: as in `nm.sparse_training`; leaves whose pattern is not of n:m have it from the start.
+      until: number of updates before masks keep n of m.
+      stages: how many patterns there are before, at most; 2:4 has one, 3:4.
+      settings: other arguments of `nm.sparse_training`.
+
+    Returns:
+      What `nm.sparse_training` returns.
+
+    Raises:
+      ValueError: if `until` is not at least `stages`.
+
+    Source: Kao et al., Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask, 2022.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, nm_jax as nm
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+      >>> tx = nm.recipes.decaying(optax.sgd(0.1), "4:8", until=3)
+      >>> state, kept = tx.init(params), []
+      >>> for _ in range(4):
+      ...     kept.append(nm.masks(state)["kernel"].sum().item() // 8)
+      ...     _, state = tx.update(params, state, params)
+      >>> kept
+      [7, 6, 5, 4]
+    """
+    if not 1 <= stages <= until:
+        raise ValueError(f"each stage needs an update: 1 <= stages <= until, got stages={stages} and until={until}")
+
+    def denser(k: int):
+        def of(pattern: Pattern) -> Pattern:
+            if not isinstance(pattern, NM | TransposableNM | SequentialNM):
+                return pattern
+            more = math.ceil((pattern.m - 1 - pattern.n) * (stages - k) / stages)
+            return dataclasses.replace(pattern, n=pattern.n + more)
+
+        return of
+
+    earlier = [(until * (k + 1) // stages, denser(k)) for k in range(stages)]
+    return sparse_training(inner, rules, earlier=earlier, **settings)

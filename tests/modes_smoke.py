@@ -131,6 +131,7 @@ def training_around():
         nm.sparse_training(
             optax.sgd(0.1), "2:4", refresh_every=optax.constant_schedule(2), begin_step=1, end_when_settled=0.1
         ),
+        nm.sparse_training(optax.sgd(0.1), "2:4", refresh_every=1, earlier=[(1, "3:4")]),
         nm.recipes.paper(optax.sgd(0.1), "2:4"),
         nm.recipes.fixed_mask(optax.sgd(0.1), "2:4"),
         nm.recipes.maximal_update(optax.sgd(0.1), "2:4"),

@@ -26,12 +26,14 @@ class Due:
       end_step: no refresh after this many updates.
       settled: no refresh after one that changed at most this share of the mask entries that the one that changed the
         most of them did.
+      always: numbers of updates after which masks are found whatever else says.
     """
 
     every: Interval | None
     begin_step: int
     end_step: int | None
     settled: float | None
+    always: tuple[int, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.every, int) and self.every < 1:
@@ -43,19 +45,19 @@ class Due:
 
     def __call__(self, step: Int[Array, ""], stats: RefreshStats, sizes: tuple[int, ...]) -> Bool[Array, ""] | None:
         """Whether they are after update number `step`, of leaves of these sizes; `None` when they never are."""
+        needed = jnp.any(step == jnp.array((self.begin_step, *self.always), jnp.int32))
         if self.every is None:
-            return step == self.begin_step if self.begin_step > 0 else None
+            return needed if self.begin_step > 0 or self.always else None
         if callable(self.every):
             since, interval = step - stats.step[0], jnp.asarray(self.every(step), jnp.float32)
             due = (step > self.begin_step) & (since.astype(jnp.float32) >= jnp.maximum(interval, 1))
-            due |= step == self.begin_step
         else:
             due = (step >= self.begin_step) & ((step - self.begin_step) % self.every == 0)
         if self.end_step is not None:
             due &= step <= self.end_step
         if self.settled is not None:
             due &= ~self._settled(self.settled, stats, sizes)
-        return due
+        return due | needed
 
     def _settled(self, share: float, stats: RefreshStats, sizes: tuple[int, ...]) -> Bool[Array, ""]:
         """Never before one has changed something: with a warm-up of the learning rate the first may change nothing."""

@@ -6,6 +6,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
+from nm_jax._training.density import StepScale
 from nm_jax._training.drift import drifted
 from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
@@ -14,7 +15,7 @@ from nm_jax._training.state import SparseTrainingState, check_call
 
 
 def fixed_mask(
-    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh
+    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh, scale: StepScale
 ) -> optax.GradientTransformationExtraArgs:
     """`sparse_training` with `refresh_every=None`: the parameters are the weights, gradients are masked before `inner`.
 
@@ -23,6 +24,7 @@ def fixed_mask(
       rules: which leaves are sparse, and how.
       partial: leaves whose sizes m does not divide.
       refresh: finds the masks, once.
+      scale: of the optimiser's steps.
     """
 
     def init(params):
@@ -30,6 +32,7 @@ def fixed_mask(
         masks, stats, positions = refresh.start(sparse, sparse.take(params))
         inner_state = inner.init(params)
         refuse_line_searches(inner_state)
+        scale.check(inner_state)
         return SparseTrainingState(jnp.zeros((), jnp.int32), sparse.only(masks), None, stats, inner_state, positions)
 
     def update(updates, state, params=None, **extra_args):
@@ -49,7 +52,7 @@ def fixed_mask(
 
         steps = [
             jnp.zeros_like(w) if change is None else change.astype(w.dtype)
-            for w, change in zip(weights, sparse.take(changes), strict=True)
+            for w, change in zip(weights, scale(state.step, sparse.leaves, sparse.take(changes)), strict=True)
         ]
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)

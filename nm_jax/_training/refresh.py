@@ -16,6 +16,7 @@ from nm_jax._core.sharding import by_mesh
 from nm_jax._masks.compute import Scores
 from nm_jax._masks.leaves import SolvedLeaf, solve_leaves
 from nm_jax._training.due import Due
+from nm_jax._training.phases import Phases
 from nm_jax._training.sparse_leaves import SparseLeaves
 from nm_jax._training.state import RefreshStats
 from nm_jax.matmul import PackedWeight
@@ -33,12 +34,14 @@ class Refresh:
 
     Attributes:
       due: after which updates.
+      phases: which pattern masks have when.
       solver: solver for every leaf; `None` takes the default for each pattern.
       scores: function of a dense weight that says what its mask keeps the most of; `None`: `abs`.
       packed: whether positions of what masks keep are found with them.
     """
 
     due: Due
+    phases: Phases
     solver: Solver | None
     scores: Scores | None
     packed: bool
@@ -49,7 +52,7 @@ class Refresh:
         Raises:
           ValueError: for NaN among concrete weights; if positions are asked for and none can be.
         """
-        masks, stats = self._start(sparse.leaves, dense)
+        masks, stats = self._start(self.phases.leaves(sparse.leaves)[0], dense)
         return masks, stats, sparse.only(self._positions(sparse.leaves, masks)) if self.packed else None
 
     def _start(self, leaves: Sequence[SparseLeaf], dense: Weights) -> tuple[Masks, RefreshStats]:
@@ -60,7 +63,7 @@ class Refresh:
 
         @functools.partial(jax.jit, static_argnums=0)
         def find(leaves, dense):
-            masks, solved = self._find(leaves, dense)
+            masks, solved = self._solve(leaves, dense)
             return masks, _stats(masks, masks, dense, solved)
 
         groups = by_mesh(dense)
@@ -99,10 +102,11 @@ class Refresh:
 
         def find(carry):
             _, old, _, _ = carry
-            found, solved = self._find(leaves, frozen, beside)
+            found, solved = self._find(step, leaves, frozen, beside)
             new = _stats(old, found, frozen, solved)._replace(move=jax.lax.stop_gradient(moves()), drift=stats.drift)
             where = self._positions(leaves, found) if self.packed else None
-            new = new.after(stats, step, step > self.due.begin_step)
+            new = new._replace(phase=new.phase + self.phases.ended(step))
+            new = new.after(stats, step, (step > self.due.begin_step) & ~self.phases.changes(step))
             return jnp.zeros((), bool), found, new, jax.tree.leaves(where)
 
         _, masks, stats, entries = jax.lax.while_loop(lambda carry: carry[0], find, (due, masks, stats, entries))
@@ -119,6 +123,16 @@ class Refresh:
         return found
 
     def _find(
+        self, step: Int[Array, ""], leaves: Sequence[SparseLeaf], dense: Weights, beside: Sequence[Array]
+    ) -> tuple[Masks, list[SolvedLeaf]]:
+        """With the patterns that masks have after update number `step`."""
+        phases = self.phases.leaves(leaves)
+        if len(phases) == 1:
+            return self._solve(leaves, dense, beside)
+        solves = [functools.partial(self._solve, phase) for phase in phases]
+        return jax.lax.switch(self.phases.ended(step), solves, dense, beside)
+
+    def _solve(
         self, leaves: Sequence[SparseLeaf], dense: Weights, beside: Sequence[Array] = ()
     ) -> tuple[Masks, list[SolvedLeaf]]:
         if self.scores is None:
@@ -155,6 +169,7 @@ def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | No
         nan=each(lambda nan: nan, nans, dtype=bool),
         drift=nothing,
         step=blank(flip_rate.shape, jnp.int32, flip_rate),
+        phase=blank(flip_rate.shape, jnp.int32, flip_rate) + (solved is not None),
         move=nothing,
         largest_flip_rate=nothing,
         largest_retained=nothing if solved is None else share,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from nm_jax._core.rules import Rules
 from nm_jax._training.decay import Decay, relative_size
+from nm_jax._training.density import StepScale
 from nm_jax._training.drift import drifted
 from nm_jax._training.inner import not_to_be_called, refuse_line_searches
 from nm_jax._training.refresh import Refresh
@@ -55,7 +56,12 @@ class _Weight:
 
 
 def refreshed_mask(
-    inner: optax.GradientTransformationExtraArgs, rules: Rules, partial: str, refresh: Refresh, decay: Decay
+    inner: optax.GradientTransformationExtraArgs,
+    rules: Rules,
+    partial: str,
+    refresh: Refresh,
+    scale: StepScale,
+    decay: Decay,
 ) -> optax.GradientTransformationExtraArgs:
     """`sparse_training` with masks that follow the dense weights.
 
@@ -64,6 +70,7 @@ def refreshed_mask(
       rules: which leaves are sparse, and how.
       partial: leaves whose sizes m does not divide.
       refresh: finds the masks when they are due.
+      scale: of the optimiser's steps.
       decay: of pruned weights.
     """
 
@@ -74,6 +81,7 @@ def refreshed_mask(
         masks, stats, positions = refresh.start(sparse, dense)
         inner_state = inner.init(sparse.put(params, dense))
         refuse_line_searches(inner_state)
+        scale.check(inner_state)
         return SparseTrainingState(
             jnp.zeros((), jnp.int32), sparse.only(masks), sparse.only(dense), stats, inner_state, positions
         )
@@ -93,7 +101,7 @@ def refreshed_mask(
             gradients, state.inner, sparse.put(params, stored), **not_to_be_called(extra_args)
         )
 
-        steps = sparse.take(changes)
+        steps = scale(state.step, sparse.leaves, sparse.take(changes))
         moved = [w.moved(change, decay) for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
 

@@ -25,10 +25,12 @@ class RefreshStats(NamedTuple):
         model has not always been sparse, and the next update undid the edit. All of the first 40 updates after the
         first are looked at, then one in 37.
       step: the update after which the masks were found; 0 until the first refresh.
+      phase: which pattern the masks have: 0 where leaves are still dense, then 1; with earlier patterns 1 in the first
+        of them, and 1 more after each that has ended.
       move: the l2 norm of the step that the optimiser made in that update, relative to that of the dense weights after
         it; not found for a fixed mask.
-      largest_flip_rate: of all refreshes so far; the first masks after dense updates are none.
-      largest_retained: of all masks so far.
+      largest_flip_rate: of all refreshes so far; the first masks after dense updates, or of a pattern, are none.
+      largest_retained: of all masks of this phase so far.
       largest_move: of all refreshes so far.
 
     Examples:
@@ -45,6 +47,7 @@ class RefreshStats(NamedTuple):
     nan: Bool[Array, " leaves"]
     drift: Float[Array, " leaves"]
     step: Int[Array, " leaves"]
+    phase: Int[Array, " leaves"]
     move: Float[Array, " leaves"]
     largest_flip_rate: Float[Array, " leaves"]
     largest_retained: Float[Array, " leaves"]
@@ -65,11 +68,11 @@ class RefreshStats(NamedTuple):
         return fallen | restless
 
     def after(self, before: "RefreshStats", step: Int[Array, ""], changes: Bool[Array, ""]) -> "RefreshStats":
-        """These, with the largest of all so far. `changes`: whether masks were there before, and may have changed."""
+        """These, with the largest of all so far. `changes`: whether masks of this pattern were there before."""
         return self._replace(
             step=jnp.zeros_like(before.step) + step,
             largest_flip_rate=jnp.maximum(before.largest_flip_rate, jnp.where(changes, self.flip_rate, 0)),
-            largest_retained=jnp.maximum(before.largest_retained, self.retained),
+            largest_retained=jnp.maximum(jnp.where(changes, before.largest_retained, 0), self.retained),
             largest_move=jnp.maximum(before.largest_move, self.move),
         )
 

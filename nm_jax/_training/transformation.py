@@ -5,9 +5,10 @@ import optax
 from nm_jax._core.rules import Rules, parse_rules
 from nm_jax._masks.compute import Scores
 from nm_jax._training.decay import Decay, StepDecay, as_decay
-from nm_jax._training.density import at_density
+from nm_jax._training.density import StepScale
 from nm_jax._training.due import Due, Interval
 from nm_jax._training.fixed_mask import fixed_mask
+from nm_jax._training.phases import Earlier, Phases
 from nm_jax._training.refresh import Refresh
 from nm_jax._training.refreshed_mask import refreshed_mask
 from nm_jax.solvers import Solver
@@ -25,6 +26,7 @@ def sparse_training(
     begin_step: int = 0,
     end_step: int | None = None,
     end_when_settled: float | None = None,
+    earlier: Earlier = (),
     partial: str = "skip",
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,6 +69,9 @@ def sparse_training(
       end_step: no refresh after this many updates; the last masks stay.
       end_when_settled: no refresh after one that changed at most this share (0.1, say) of the mask entries that the one
         that changed the most of them did; the last masks stay. Not for learning rates that rise again.
+      earlier: patterns that masks have before that of the rules: `[(200, "2:4")]` until update 200, when masks of the
+        rules are found in any case; or, in place of a pattern, a function that makes one of a leaf's. Every pattern
+        is compiled, once. `nm.refresh_stats(opt_state).phase` says which one masks have.
       partial: leaves whose sizes m does not divide: `"skip"` (they stay dense), `"pad"` or `"error"`.
       packed: keep the positions of what 2:4 masks keep, as sparse tensor cores read them, found anew when masks are:
         1/8 byte per weight and product (1/4 with a transposable mask). `nm.pack_params` packs the weights with them,
@@ -120,14 +125,16 @@ def sparse_training(
       (True, True)
     """
     parse_rules(rules)
-    due = Due(refresh_every, begin_step, end_step, end_when_settled)
+    phases = Phases.of(earlier, begin_step)
+    due = Due(refresh_every, begin_step, end_step, end_when_settled, phases.ends)
     if packed and begin_step:
         raise ValueError(f"packed weights need masks from the start, got begin_step={begin_step}; use packed=False")
+    if packed and earlier:
+        raise ValueError("packed weights need one pattern from the start, got earlier patterns; use packed=False")
     decay = as_decay(decay)
     inner = optax.with_extra_args_support(inner)
-    if scale_steps:
-        inner = at_density(inner, rules, partial, begin_step)
-    refresh = Refresh(due, solver, scores, packed)
+    scale = StepScale(scale_steps, begin_step, phases)
+    refresh = Refresh(due, phases, solver, scores, packed)
     if refresh_every is None:
-        return fixed_mask(inner, rules, partial, refresh)
-    return refreshed_mask(inner, rules, partial, refresh, decay)
+        return fixed_mask(inner, rules, partial, refresh, scale)
+    return refreshed_mask(inner, rules, partial, refresh, scale, decay)
