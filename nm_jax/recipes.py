@@ -4,15 +4,14 @@ To add a recipe, write a function here that takes `inner`, `rules` and further a
 where it is from and what to expect.
 """
 
-import dataclasses
-import math
+from fractions import Fraction
 from typing import Any
 
 import optax
 
-from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM
 from nm_jax._core.rules import Rules
 from nm_jax._training.decay import GradientDecay
+from nm_jax._training.phases import along_one_axis, denser
 from nm_jax._training.transformation import sparse_training
 
 
@@ -129,11 +128,7 @@ def gradual_transposable(
       >>> transposable, nm.verify(nm.masks(state), "2:4-T").ok
       ([False, False], True)
     """
-    return sparse_training(inner, rules, earlier=[(until, _along_one_axis)], **settings)
-
-
-def _along_one_axis(pattern: Pattern) -> Pattern:
-    return NM(pattern.n, pattern.m) if isinstance(pattern, TransposableNM) else pattern
+    return sparse_training(inner, rules, earlier=[(until, along_one_axis)], **settings)
 
 
 def decaying(
@@ -173,15 +168,5 @@ def decaying(
     """
     if not 1 <= stages <= until:
         raise ValueError(f"each stage needs an update: 1 <= stages <= until, got stages={stages} and until={until}")
-
-    def denser(k: int):
-        def of(pattern: Pattern) -> Pattern:
-            if not isinstance(pattern, NM | TransposableNM | SequentialNM):
-                return pattern
-            more = math.ceil((pattern.m - 1 - pattern.n) * (stages - k) / stages)
-            return dataclasses.replace(pattern, n=pattern.n + more)
-
-        return of
-
-    earlier = [(until * (k + 1) // stages, denser(k)) for k in range(stages)]
+    earlier = [(until * (k + 1) // stages, denser(Fraction(stages - k, stages))) for k in range(stages)]
     return sparse_training(inner, rules, earlier=earlier, **settings)

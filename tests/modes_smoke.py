@@ -145,6 +145,12 @@ def training_around():
         optax.apply_updates(params, updates)
         holds(nm.masks(state, params)["a"]["kernel"].dtype == bool)
 
+    def probe(tx):
+        return jax.jit(tx.update)(params, tx.init(params), params)[1]
+
+    settings = {"strengths": (1.0,), "between": (0.0, 1.0), "refresh_every": 1}
+    holds(nm.choose_decay(probe, optax.sgd(0.1), "2:4", found={"dense": 1.0}, **settings) == nm.GradientDecay(1.0))
+
 
 def gradient_rules():
     for dtype in (np.float32, jnp.bfloat16):
@@ -153,6 +159,8 @@ def gradient_rules():
         for rule in (nm.ste, nm.sr_ste):
             holds(jax.grad(lambda w, rule=rule, mask=mask: jnp.sum(rule(w, mask)))(weight).dtype == weight.dtype)
         holds(nm.sr_ste_term(weight, mask).dtype == weight.dtype)
+        scale = nm.s_ste_scale(weight)
+        holds(jax.grad(lambda w, scale=scale: jnp.sum(nm.s_ste(w, scale)))(weight).dtype == weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model

@@ -71,8 +71,9 @@ def choose_decay(
       ...         return optax.apply_updates(carry[0], updates), state
       ...     return jax.lax.fori_loop(0, 40, step, (first, tx.init(first)))[1]
       >>> rates = {}
-      >>> decay = nm.choose_decay(probe, optax.adam(0.02), "2:4", refresh_every=20, between=(0.1, 0.95), found=rates)
-      >>> isinstance(decay, nm.GradientDecay), rates[repr(decay.strength)] < rates["dense"]
+      >>> settings = {"decay": nm.StepDecay, "strengths": (1.0, 3.0, 10.0), "between": (0.0, 0.95)}
+      >>> decay = nm.choose_decay(probe, optax.adam(0.02), "2:4", refresh_every=20, found=rates, **settings)
+      >>> isinstance(decay, nm.StepDecay), rates[repr(decay.strength)] < rates["dense"]
       (True, True)
     """
     lower, upper = between

@@ -1,13 +1,15 @@
 """Patterns that masks have before they have that of the rules: with fewer zeros, or along one axis only."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from nm_jax._core.patterns import Pattern, parse_pattern
+from nm_jax._core.patterns import NM, Pattern, SequentialNM, TransposableNM, parse_pattern
 from nm_jax._core.rules import SparseLeaf
 
 Earlier: TypeAlias = Sequence[tuple[int, str | Pattern | Callable[[Pattern], Pattern]]]
@@ -53,6 +55,22 @@ class Phases:
         """
         phases = [tuple(_with(leaf, rule(leaf.pattern)) for leaf in leaves) for rule in self.patterns]
         return [*phases, tuple(leaves)]
+
+
+def along_one_axis(pattern: Pattern) -> Pattern:
+    """n:m for n:m-T; others stay."""
+    return NM(pattern.n, pattern.m) if isinstance(pattern, TransposableNM) else pattern
+
+
+def denser(share: float | Fraction) -> Callable[[Pattern], Pattern]:
+    """Makes patterns of n:m keep more: m - 1 of m for a share of 1, n for 0, rounded up between; others stay."""
+
+    def of(pattern: Pattern) -> Pattern:
+        if not isinstance(pattern, NM | TransposableNM | SequentialNM):
+            return pattern
+        return dataclasses.replace(pattern, n=pattern.n + math.ceil((pattern.m - 1 - pattern.n) * share))
+
+    return of
 
 
 def _rule(pattern: str | Pattern | Callable[[Pattern], Pattern]) -> Callable[[Pattern], Pattern]:

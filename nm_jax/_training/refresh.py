@@ -169,7 +169,7 @@ def _stats(old: Masks, new: Masks, dense: Weights, solved: list[SolvedLeaf] | No
         nan=each(lambda nan: nan, nans, dtype=bool),
         drift=nothing,
         step=blank(flip_rate.shape, jnp.int32, flip_rate),
-        phase=blank(flip_rate.shape, jnp.int32, flip_rate) + (solved is not None),
+        phase=blank(flip_rate.shape, jnp.int32, flip_rate) + int(solved is not None),
         move=nothing,
         largest_flip_rate=nothing,
         largest_retained=nothing if solved is None else share,

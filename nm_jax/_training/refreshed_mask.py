@@ -120,4 +120,4 @@ def refreshed_mask(
 
 
 def _relative(step: Float[Array, "*shape"] | None, weight: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return jnp.float32(0) if step is None else relative_size(step, weight).astype(jnp.float32)
+    return jnp.float32(0) if step is None else relative_size(step.astype(weight.dtype), weight).astype(jnp.float32)

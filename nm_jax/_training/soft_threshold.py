@@ -48,7 +48,7 @@ def s_ste(
       [3.0, 3.0, 3.0, 3.0]
     """
     pattern, tiling = _groups(weight, pattern, axes)
-    scale = jnp.asarray(scale, jnp.promote_types(weight.dtype, jnp.float32))
+    scale = jnp.asarray(scale, jnp.float32 if weight.dtype.itemsize < 4 else weight.dtype)
     return _s_ste(weight, scale, pattern, tiling)
 
 
