@@ -275,6 +275,17 @@ def test_convolutions_of_mlx_and_flax(window):
     assert axes("m.conv.kernel", (*window, 64, 32)) == f"{letters}io"
 
 
+def test_biases_of_flax():
+    """Beside kernels of three dimensions: heads, layers stacked by scan, and what comes back from heads."""
+    assert axes("m.query.kernel", (64, 4, 16), m__query__bias=(4, 16)) == "ioo"
+    assert axes("m.fc.kernel", (4, 64, 32), m__fc__bias=(4, 32)) == "bio"
+    for name in ("out", "o_proj"):
+        assert axes(f"m.{name}.kernel", (4, 16, 64), **{f"m__{name}__bias": (64,)}) == "iio"
+    assert axes("m.thing.kernel", (4, 16, 64), m__thing__bias=(64,)) == ""
+    assert axes("m.fc.kernel", m__fc__bias=(32,)) == "io"
+    assert axes("m.fc.kernel", m__fc__bias=(64,)) == "oi"
+
+
 # -------------------------------------------------------------------------------------------------------------- experts
 
 
