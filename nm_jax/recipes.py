@@ -37,7 +37,9 @@ def paper(inner: optax.GradientTransformation, rules: Rules, **settings: Any) ->
       >>> nm.masks(tx.init({"kernel": jnp.eye(8)}))["kernel"].sum().item()
       32
     """
-    return sparse_training(inner, rules, **{"refresh_every": 40, "decay": GradientDecay(2e-4), **settings})
+    return sparse_training(
+        inner, rules, **{"refresh_every": 40, "decay": GradientDecay(2e-4), "scale_steps": 0.0, **settings}
+    )
 
 
 def fixed_mask(
@@ -63,7 +65,7 @@ def fixed_mask(
       >>> state.dense is None
       True
     """
-    return sparse_training(inner, rules, **{"refresh_every": None, **settings})
+    return sparse_training(inner, rules, **{"refresh_every": None, "scale_steps": 0.0, **settings})
 
 
 def maximal_update(
@@ -74,8 +76,9 @@ def maximal_update(
     Each unit of a sparse layer sees a share of its inputs, and the same step of each weight moves it by that share: at
     the learning rate of a dense run, a sparse one trains more slowly. Weight decay inside `inner` grows alike.
 
-    Expect: under Adam most of what a sparse network loses to a dense one in the same number of steps. Where the
-    learning rate is the largest that the dense network can bear, or has been tuned for the sparse one, the default.
+    Expect: most of what a sparse network loses to a dense one in the same number of steps. Near the largest learning
+    rate that the dense network can bear it may diverge (SGD did): there, or where the learning rate has been tuned for
+    the sparse one, the default.
 
     Args:
       inner: any optax optimiser that does not evaluate the loss itself.
@@ -95,7 +98,7 @@ def maximal_update(
       >>> optax.apply_updates(params, updates)["kernel"][0, 0].item()  # a step of 0.125, at half of the weights
       0.75
     """
-    return sparse_training(inner, rules, **{"scale_steps": True, **settings})
+    return sparse_training(inner, rules, **{"scale_steps": 1.0, **settings})
 
 
 def gradual_transposable(
@@ -124,7 +127,8 @@ def gradual_transposable(
       >>> state, transposable = tx.init(params), []
       >>> for _ in range(2):
       ...     transposable.append(nm.verify(nm.masks(state), "2:4-T").ok)
-      ...     _, state = tx.update(params, state, params)
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
       >>> transposable, nm.verify(nm.masks(state), "2:4-T").ok
       ([False, False], True)
     """
@@ -162,7 +166,8 @@ def decaying(
       >>> state, kept = tx.init(params), []
       >>> for _ in range(4):
       ...     kept.append(nm.masks(state)["kernel"].sum().item() // 8)
-      ...     _, state = tx.update(params, state, params)
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
       >>> kept
       [7, 6, 5, 4]
     """

@@ -74,7 +74,8 @@ class Variant:
         """The optimiser, sparse by rules or by a plan if there is a pattern."""
         if self.pattern is None:
             return tx
-        return nm.sparse_training(tx, rules, refresh_every=self.refresh_every, decay=self.decay, solver=self.solver)
+        settings = {"refresh_every": self.refresh_every, "decay": self.decay, "solver": self.solver}
+        return nm.recipes.paper(tx, rules, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

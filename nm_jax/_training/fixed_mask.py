@@ -52,7 +52,9 @@ def fixed_mask(
 
         steps = [
             jnp.zeros_like(w) if change is None else change.astype(w.dtype)
-            for w, change in zip(weights, scale(state.step, sparse.leaves, sparse.take(changes)), strict=True)
+            for w, change in zip(
+                weights, scale(state.step, sparse.leaves, sparse.take(changes), inner_state), strict=True
+            )
         ]
         moved = [w + change for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)

@@ -101,7 +101,7 @@ def refreshed_mask(
             gradients, state.inner, sparse.put(params, stored), **not_to_be_called(extra_args)
         )
 
-        steps = scale(state.step, sparse.leaves, sparse.take(changes))
+        steps = scale(state.step, sparse.leaves, sparse.take(changes), inner_state)
         moved = [w.moved(change, decay) for w, change in zip(weights, steps, strict=True)]
         stats = state.stats._replace(drift=drift)
 

@@ -40,7 +40,7 @@ def test_step_decay_of_zero_and_huge_weights_is_finite(weight):
     assert np.isfinite(jax.grad(lambda s: decay.step(s, weight, weight > 1e31).sum())(jnp.zeros((4, 4)))).all()
 
 
-def test_the_default_is_the_step_decay_written_by_hand():
+def test_the_default_is_larger_steps_and_their_decay_written_by_hand():
     lr, every = 0.1, 5
     params = make_params()
     tx = nm.sparse_training(optax.sgd(lr), "2:4-T", refresh_every=every)
@@ -52,7 +52,7 @@ def test_the_default_is_the_step_decay_written_by_hand():
         gradient = jax.grad(loss)({k: {**dense[k], "kernel": dense[k]["kernel"] * masks[k]} for k in names})
         for name in names:
             weight, move = (np.asarray(tree[name]["kernel"], np.float64) for tree in (dense, gradient))
-            move = -lr * move
+            move = -lr * 2 ** (2 / 3) * move
             rate = min(1.0, 3.0 * np.sqrt(np.mean(move**2) / np.mean(weight**2)))
             dense[name]["kernel"] = jnp.float32(weight + move - rate * ~masks[name] * weight)
         dense["a"]["bias"] = dense["a"]["bias"] - lr * gradient["a"]["bias"]
@@ -87,7 +87,7 @@ def test_the_default_does_not_depend_on_the_scale_of_the_loss():
 
 
 def test_the_papers_recipe_is_sr_ste():
-    settings = {"refresh_every": 40, "decay": 2e-4}
+    settings = {"refresh_every": 40, "decay": 2e-4, "scale_steps": 0.0}
     expected, _ = run(nm.sparse_training(optax.sgd(0.1), "2:4", **settings), make_params(), 41)
     found, _ = run(nm.recipes.paper(optax.sgd(0.1), "2:4"), make_params(), 41)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -100,13 +100,15 @@ def test_a_frozen_leaf_does_not_decay():
     np.testing.assert_array_equal(nm.dense_params(state)["a"]["kernel"], params["a"]["kernel"])
 
 
-@pytest.mark.parametrize("refresh_every", [3, None])
-@pytest.mark.parametrize(("pattern", "factor"), [("2:4", 2.0), ("1:4", 4.0)])
-def test_scaled_steps_are_the_learning_rate_of_sparse_leaves(refresh_every, pattern, factor):
+@pytest.mark.parametrize(
+    ("refresh_every", "pattern", "power"), [(3, "2:4", 1.0), (None, "1:4", 0.5), (3, "1:4", None), (None, "2:4", 0.0)]
+)
+def test_scaled_steps_are_the_learning_rate_of_sparse_leaves(refresh_every, pattern, power):
     """After two dense updates; biases keep their learning rate."""
-    settings = {"refresh_every": refresh_every, "decay": 0.0, "begin_step": 2}
+    settings = {"refresh_every": refresh_every, "decay": 0.0, "begin_step": 2, "scale_steps": power}
+    factor = {"2:4": 2.0, "1:4": 4.0}[pattern] ** (2 / 3 if power is None else power)
     found, by_hand = make_params(), make_params()
-    tx = nm.recipes.maximal_update(optax.sgd(0.05), pattern, **settings)
+    tx = nm.sparse_training(optax.sgd(0.05), pattern, **settings)
     state, step = tx.init(found), make_step(tx)
     for k in range(1, 7):
         gradient = jax.grad(loss)(found)
@@ -123,9 +125,15 @@ def test_scaled_steps_are_the_learning_rate_of_sparse_leaves(refresh_every, patt
 
 
 def test_steps_are_not_scaled_behind_the_back_of_what_keeps_them():
-    tx = nm.recipes.maximal_update(optax.contrib.schedule_free(optax.sgd(0.1), 0.1), "2:4")
+    """Refused where it is asked for; the default leaves them as they are."""
+    inner = optax.contrib.schedule_free(optax.sgd(0.1), 0.1)
     with pytest.raises(ValueError, match="around ScheduleFreeState"):
-        tx.init(make_params())
+        nm.recipes.maximal_update(inner, "2:4").init(make_params())
+    found, expected = (
+        run(nm.sparse_training(inner, "2:4", refresh_every=2, scale_steps=power), make_params(), 4)
+        for power in (None, 0.0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 RECIPES = [f for f in vars(nm.recipes).values() if getattr(f, "__module__", "") == "nm_jax.recipes"]

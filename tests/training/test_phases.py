@@ -89,7 +89,7 @@ def test_masks_are_those_that_keep_the_most_when_a_pattern_ends():
 def test_scaled_steps_follow_the_density_of_the_phase():
     """Of a fixed mask, whose parameters are what the optimiser moves."""
     params, gradient = {"kernel": jnp.ones((8, 8))}, {"kernel": jnp.full((8, 8), 0.125)}
-    tx = nm.recipes.fixed_mask(optax.sgd(1.0), "2:4", scale_steps=True, begin_step=1, earlier=[(3, "1:4")])
+    tx = nm.recipes.fixed_mask(optax.sgd(1.0), "2:4", scale_steps=1.0, begin_step=1, earlier=[(3, "1:4")])
     state, moved = tx.init(params), []
     for _ in range(5):
         before = params

@@ -50,7 +50,8 @@ def test_it_is_sr_ste_written_by_hand():
     """Dense copy, straight-through gradient at the masked weights, decay of pruned ones, refresh every 5 updates."""
     lr, decay, every = 0.1, 0.05, 5
     params = make_params()
-    tx = nm.sparse_training(optax.sgd(lr, momentum=0.9), "2:4-T", refresh_every=every, decay=decay)
+    inner = optax.sgd(lr, momentum=0.9)
+    tx = nm.sparse_training(inner, "2:4-T", refresh_every=every, decay=decay, scale_steps=0.0)
     state = tx.init(params)
     params = nm.sparse_params(state, params)
     step = make_step(tx)
@@ -103,7 +104,7 @@ def test_params_are_the_masked_dense_weights_after_every_update(pattern, dtype):
 
 def test_bfloat16_params_learn_from_steps_below_their_resolution():
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-    tx = nm.sparse_training(optax.sgd(1e-4), "2:4")
+    tx = nm.sparse_training(optax.sgd(1e-4), "2:4", scale_steps=0.0)
     state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(400):
@@ -189,7 +190,7 @@ def test_a_fixed_mask_keeps_no_dense_copy_and_masks_gradients():
 
 def test_a_fixed_mask_is_plain_training_of_the_kept_entries():
     params = make_params()
-    fixed = nm.sparse_training(optax.adam(0.01), "2:4", refresh_every=None)
+    fixed = nm.recipes.fixed_mask(optax.adam(0.01), "2:4")
     state = fixed.init(params)
     masks = nm.masks(state)
     sparse, _ = run(fixed, nm.sparse_params(state, params), 20)
@@ -346,6 +347,7 @@ def test_it_learns():
         ({"begin_step": -1}, "begin_step"),
         ({"begin_step": 9, "end_step": 8}, "begin_step"),
         ({"decay": -1.0}, "decay"),
+        ({"scale_steps": 1.5}, "0 <= scale_steps <= 1"),
     ],
 )
 def test_wrong_arguments(arguments, message):
