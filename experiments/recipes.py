@@ -262,7 +262,8 @@ def tables(result: dict) -> list[Table]:
     lines = []
     for row in result["rows"]:
         relative = np.mean(row["error"]) / np.mean(dense["error"])
-        flips = None if row["pattern"] is None else f"{100 * np.mean(row['flips']):.2f} %"
+        unknown = row["pattern"] is None or row["recipe"] == S_STE
+        flips = None if unknown else f"{100 * np.mean(row['flips']):.2f} %"
         lines.append((row["recipe"], row["pattern"], summary(row["error"]), f"{relative:.2f}", flips))
     header = ("recipe", "pattern", result["metric"], "of dense", "flip rate")
     notes = (
