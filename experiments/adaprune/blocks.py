@@ -32,7 +32,7 @@ from experiments.networks import NETWORKS, Network, row_mask
 from experiments.networks.bottlenecks import Bottlenecks, fold
 from experiments.train import classification, fit
 
-TRAINING, QUICK_TRAINING = 600, 20  # steps, of the bottlenecks
+TRAINING, QUICK_TRAINING = 300, 10  # steps, of the bottlenecks
 METHODS = ("permutation", "swaps", "blocks")
 BATCH = 25  # examples in a batch that blocks are fitted on
 
@@ -62,7 +62,7 @@ class Digits(Network):
 def trained(steps: int) -> dict:
     """The bottlenecks, trained and folded."""
     images, _, labels, _ = digits.load()
-    chosen = batches.drawn(len(images), 128, steps, seed=0)
+    chosen = batches.drawn(len(images), 64, steps, seed=0)
     module = Bottlenecks()
     start = functools.partial(module.init, x=jnp.zeros((1, *digits.SHAPE)))
     task = classification(module, start, lambda k: (images[chosen[k]], labels[chosen[k]]))
