@@ -9,7 +9,7 @@ into its convolutions before it is pruned. Exits with status 1 when fitting bloc
 outputs worse on inputs held out.
 
 Paper: Table A.1, extended
-Time: 5 minutes for the bottlenecks; up to half an hour for each pattern of the others, on 2 cores
+Time: 5 minutes for the bottlenecks, half an hour and more for each pattern of the others, on 2 cores
 Data: pretrained weights, CIFAR, STS-B (NM_JAX_DATA); none for the bottlenecks
 """
 
