@@ -203,6 +203,8 @@ def reconstruction():
     for scores in (nm.wanda(weight, gram), nm.obc(weight, gram)):
         holds(scores.dtype == jnp.float32 and scores.shape == weight.shape)
     close(np.asarray(nm.absorb_mean(weight, mask, "2:4"))[~np.asarray(mask)], 0)
+    better = nm.refine_mask(weight, gram, mask, "2:4", rounds=2)
+    holds(float(better.after) <= float(better.before) and worst_group(better.mask, 0, 4) == 2)
 
 
 def whole_networks():
@@ -214,6 +216,10 @@ def whole_networks():
     pruned, report = nm.adaprune(apply, params, found, [x])
     holds(worst_group(pruned["mid"]["kernel"], 0, 4) == 2 and str(report))
     nm.reconstruct_layers(params, found, grams)
+    refined, swaps = nm.refine_masks(params, found, rules, grams, rounds=2)
+    holds(worst_group(refined["mid"]["kernel"], 0, 4) == 2 and swaps["mid/kernel"] is not None)
+    fitted, blocks = nm.fit_blocks(apply, params, nm.apply_masks(params, found), found, [x], boundaries=[], steps=2)
+    holds(worst_group(fitted["mid"]["kernel"], 0, 4) == 2 and blocks.blocks)
     converted, conversion = nm.convert(apply, params, rules, [x])
     holds(conversion.check.ok and worst_group(converted["mid"]["kernel"], 1, 4) == 2 and str(conversion))
     holds(nm.verify(nm.apply_masks(params, nm.fit_masks(params, rules)), rules).ok)

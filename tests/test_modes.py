@@ -28,9 +28,10 @@ def test_every_section_runs(mode):
 
 # Classes whose instances functions of the smoke test return, and what has its own tests of modes.
 RETURNED = {
-    "ChannelGroup", "Checkpoint", "CheckpointReport", "Conversion", "LeafReport", "LeafTrace", "PackedWeight",
-    "Permutation", "PermuteReport", "PermutedLayer", "PlannedLeaf", "PruneReport", "PrunedLayer", "Reconstruction",
-    "RefreshStats", "Report", "SparseTrainingState", "Trace", "Use", "Violations",
+    "BlockReport", "ChannelGroup", "Checkpoint", "CheckpointReport", "Conversion", "ConversionStep", "FittedBlock",
+    "LeafReport", "LeafTrace", "PackedWeight", "Permutation", "PermuteReport", "PermutedLayer", "PlannedLeaf",
+    "PruneReport", "PrunedLayer", "Reconstruction", "RefineReport", "RefinedLayer", "RefinedMask", "RefreshStats",
+    "Report", "SparseTrainingState", "Trace", "Use", "Violations",
 }  # fmt: skip
 CONSTANT = {"__version__", "Decay", "FormatError", "Pattern", "matmul"}  # nothing that a mode could change
 
