@@ -48,7 +48,8 @@ class Folder:
         dropped, in TensorBoard, too: they will come again."""
         number = self._manager.latest_step() or 0
         write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in metrics(self.path, number)))
-        self._board = SummaryWriter(str(self.path / BOARD), purge_step=number + 1)
+        # Without the suffix, a start within the second of another one would overwrite its file.
+        self._board = SummaryWriter(str(self.path / BOARD), purge_step=number + 1, filename_suffix=f".{number}")
         if number == 0:
             return state
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)

@@ -26,6 +26,7 @@ SLOW = (
     "bench/solvers",
     "bench/training",
     "bench/checkpoint",
+    "bench/matmul",
     "recipes",
     "configs/table_3_detection",
 )

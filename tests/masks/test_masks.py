@@ -90,6 +90,7 @@ def test_verify_needs_the_transpose_only_where_it_is_promised():
     assert nm.verify({"kernel": jnp.asarray(kernel.T)}, [("kernel", "2:4", "oi")]).ok
 
 
+@pytest.mark.slow
 def test_report_of_retained_magnitude():
     """Shares of the l1 norm, and relative to the best unstructured mask of the same size (Fig. 3b)."""
     p = {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}

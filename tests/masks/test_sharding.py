@@ -228,7 +228,7 @@ def test_unstructured_masks_are_those_of_one_device():
 
 @pytest.mark.unchecked
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("shape, axes", [((16, 32), "io"), ((2, 8, 32), "iio")])
+@pytest.mark.parametrize("shape, axes", [pytest.param((16, 32), "io", marks=pytest.mark.slow), ((2, 8, 32), "iio")])
 def test_a_reconstruction_stays_sharded_by_its_outputs(kind, shape, axes):
     draw = np.random.default_rng(0)
     w = jnp.asarray(draw.normal(size=shape), jnp.float32)

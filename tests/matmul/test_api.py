@@ -138,7 +138,7 @@ def test_jax_grad_takes_a_packed_weight_and_both_of_its_sides_get_the_gradient(i
     assert not any(np.asarray(side.metadata).any() for side in (gradient.forward, gradient.backward))
 
 
-@pytest.mark.parametrize("at_most", [False, True])
+@pytest.mark.parametrize("at_most", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_optax_trains_a_packed_weight_as_it_trains_the_weight_itself(at_most):
     x, w = operands(5)
     mask = MASK & (np.random.default_rng(1).random(MASK.shape) < 0.7) if at_most else MASK

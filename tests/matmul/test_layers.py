@@ -310,6 +310,7 @@ def training(function, dtype=jnp.float32):
     return step, nm.sparse_params(opt_state, params), opt_state, x
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_sparse_products():
     results = []
     for function in (None, DOT):

@@ -78,7 +78,7 @@ def train(use_packed, inner, refresh_every, dtype, steps=3):
 @pytest.mark.parametrize(
     "inner, refresh_every, dtype",
     [
-        pytest.param(optax.sgd(0.3), 2, jnp.float32, id="sgd"),
+        pytest.param(optax.sgd(0.3), 2, jnp.float32, id="sgd", marks=pytest.mark.slow),
         pytest.param(optax.adam(0.1), 2, jnp.bfloat16, id="adam, bfloat16", marks=pytest.mark.slow),
         pytest.param(optax.sgd(0.3), None, jnp.float32, id="fixed mask", marks=pytest.mark.slow),
     ],

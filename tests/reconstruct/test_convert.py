@@ -111,7 +111,7 @@ def pruned(params, pattern):
         (None, ["2:4"]),
         ("US-0.7", ["4:8"]),
         ("4:8", ["2:4", "1:2"]),
-        ("4:8-T", ["2:4-T"]),
+        pytest.param("4:8-T", ["2:4-T"], marks=pytest.mark.slow),
     ],
 )
 def test_a_network_is_converted(start, targets):

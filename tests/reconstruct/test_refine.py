@@ -32,6 +32,7 @@ def least_error(w, x, mask, ridge):
     return np.array(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_swaps_of_single_columns_come_near_the_best_of_all_masks(seed):
     w, x = problem(seed)

@@ -122,7 +122,7 @@ def check_optimal(scores, pattern, against=10, solver=SOLVERS[0]):
 
 
 @MODES
-@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", *SLOW])
+@pytest.mark.parametrize("pattern", [pytest.param("2:4-T", marks=pytest.mark.slow), "4:8-T", *SLOW])
 def test_optimum_of_every_kind_of_scores(pattern, suffix):
     rng = np.random.default_rng(10)
     m = parse_pattern(pattern).m
@@ -150,7 +150,8 @@ def test_all_binary_3x3_blocks(suffix):
 
 
 @MODES
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 3])
 def test_4x4_blocks_against_enumeration(n, suffix):
     rng = np.random.default_rng(11)
     pattern = parse_pattern(f"{n}:4-T{suffix}")
@@ -447,6 +448,7 @@ def test_inside_cond():
     np.testing.assert_array_equal(refresh(True, scores, kept), solve(scores, "2:4-T", Exact()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16])
 def test_short_floats_are_solved_as_they_are(dtype):
     scores = jax.random.normal(jax.random.key(20), (4, 4, 100)).astype(dtype)

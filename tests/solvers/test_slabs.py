@@ -38,9 +38,9 @@ def make(names, seed=0):
         pytest.param(tuple(LEAVES), marks=pytest.mark.slow),
         ("tall",),
         ("small",),
-        ("ragged",),
+        pytest.param(("ragged",), marks=pytest.mark.slow),
         ("tall", "small"),
-        ("experts", "transposed"),
+        pytest.param(("experts", "transposed"), marks=pytest.mark.slow),
     ],
     ids=" and ".join,
 )

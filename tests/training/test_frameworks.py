@@ -123,6 +123,7 @@ class NnxNet(nnx.Module):
         return self.head(nnx.relu(self.dense(x.mean(1))))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer():
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, nm.sparse_training(optax.adamw(3e-3), RULES), wrt=nnx.Param)
@@ -170,6 +171,7 @@ class EqxNet(eqx.Module):
         return self.head(jax.nn.relu(self.dense(x.mean(0))))
 
 
+@pytest.mark.slow
 def test_equinox():
     model = EqxNet(jax.random.key(0))
     tx = nm.sparse_training(optax.adamw(3e-3), [("head", None), ("weight", "2:4-T")])

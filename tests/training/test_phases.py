@@ -45,7 +45,11 @@ SLOW = [(2, 4), (0, None), (2, optax.constant_schedule(4))]
 
 @pytest.mark.parametrize(
     ("begin_step", "refresh_every"),
-    [(0, 4), (2, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [
+        (0, 4),
+        pytest.param(2, None, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
 )
 def test_masks_have_the_earlier_patterns_and_then_that_of_the_rules(begin_step, refresh_every):
     """Dense first, where asked; across a kill in the second phase; both axes hold where both are asked for."""
