@@ -45,7 +45,7 @@ class MeetInTheMiddle(Solver):
     which is what the proof says: a gap of 0 for every block.
 
     Cost: one pass over the scores, about 400 operations a block at 2:4, 1,600 for "at most"; the same for all scores.
-    Temporary memory: about 290 bytes a block, of the slabs that `nm_jax.solve` and `nm_jax.compute_masks` pass on, of
+    Temporary memory: at most 320 bytes a block, of the slabs that `nm_jax.solve` and `nm_jax.compute_masks` pass on, of
     all blocks in a call of your own.
 
     Examples:

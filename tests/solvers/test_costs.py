@@ -100,5 +100,6 @@ def temporary(solver, pattern, blocks):
 @pytest.mark.slow
 def test_temporary_memory_of_blocks():
     blocks = 1 << 16
-    assert temporary(MeetInTheMiddle(), parse_pattern("2:4-T"), blocks) / blocks == pytest.approx(290, rel=0.1)
+    # 286 with jax 0.10.2, 226 with jax 0.12.
+    assert 160 < temporary(MeetInTheMiddle(), parse_pattern("2:4-T"), blocks) / blocks <= 320
     assert temporary(Exact(), parse_pattern("4:8-T"), blocks) / (64 * blocks) == pytest.approx(5, rel=0.2)
