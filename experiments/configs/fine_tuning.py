@@ -1,19 +1,20 @@
 """What the results of fine-tuned encoders share: public weights with their tokenizer, examples, and the optimiser."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import optax
 
 from experiments.configs.language import AdamW
-from experiments.configs.study import Variant
+from experiments.configs.study import Preset, Variant
 from experiments.data import packed
 from experiments.data.errors import DataError, reading
 from experiments.data.wordpiece import Tokenizer
-from experiments.networks import bert_weights
+from experiments.networks import bert, bert_weights
 
 # The mask is the optimum of the pretrained weights, and stays.
 FIXED = (
@@ -104,3 +105,16 @@ class Examples:
     def head(self, count: int) -> "Examples":
         """The first of both."""
         return Examples(self.source, self.learned[:count], self.held_out[:count])
+
+
+def preset(
+    recipe: FineTuning,
+    module: Callable[[bert.Config], nn.Module],
+    data: Callable[[Path | None], Examples],
+    config: bert.Config = bert.MINILM,
+    weights: Callable[[Path | None], Encoder] = minilm,
+    network: str = "MiniLM",
+    seeds: int = 3,
+) -> Preset:
+    """An encoder with the head that a task needs, from public weights."""
+    return Preset(recipe, module(config), data, weights, seeds, network)

@@ -13,7 +13,6 @@ Time: not measured yet; continues where it was left
 Data: MiniLM, SQuAD lines and XQuAD (NM_JAX_DATA)
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 from experiments.configs import fine_tuning
-from experiments.configs.fine_tuning import Encoder, Examples, FineTuning
+from experiments.configs.fine_tuning import Encoder, Examples, FineTuning, preset
 from experiments.configs.study import Preset, Study, Variant
 from experiments.data import lengths, packed, squad, squad_score, squad_windows
 from experiments.data.errors import DataError, reading
@@ -130,25 +129,15 @@ def span_loss(logits: jax.Array, attended: jax.Array, answer: jax.Array) -> jax.
     return optax.softmax_cross_entropy_with_integer_labels(possible, answer).mean()
 
 
-def preset(
-    recipe: FineTuning,
-    data: Callable[[Path | None], Examples] = read,
-    config: bert.Config = bert.MINILM,
-    weights: Callable[[Path | None], Encoder] = fine_tuning.minilm,
-    network: str = "MiniLM",
-    seeds: int = 3,
-) -> Preset:
-    """An encoder on SQuAD."""
-    return Preset(recipe, bert.SpanExtraction(config), data, weights, seeds, network)
-
-
 STUDY = Study(
     "squad",
     VARIANTS,
     {
-        "cpu": preset(FineTuning(epochs=2), seeds=2),
-        "gpu": preset(FineTuning(epochs=4)),
-        "paper": preset(FineTuning(epochs=2, rate=3e-5), official, bert.LARGE, fine_tuning.public, "BERT-large"),
+        "cpu": preset(FineTuning(epochs=2), bert.SpanExtraction, read, seeds=2),
+        "gpu": preset(FineTuning(epochs=4), bert.SpanExtraction, read),
+        "paper": preset(
+            FineTuning(epochs=2, rate=3e-5), bert.SpanExtraction, official, bert.LARGE, fine_tuning.public, "BERT-large"
+        ),
     },
     fine_tuning.DENSE,
     learned=spans,

@@ -11,7 +11,6 @@ Time: not measured yet; continues where it was left
 Data: MiniLM and SST-2 (NM_JAX_DATA)
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments.configs import fine_tuning
-from experiments.configs.fine_tuning import Encoder, Examples, FineTuning
+from experiments.configs.fine_tuning import Encoder, Examples, FineTuning, preset
 from experiments.configs.study import Preset, Study
 from experiments.data import glue, lengths, packed
 from experiments.data.errors import reading
@@ -69,24 +68,15 @@ def classes(preset: Preset, data: Examples, start: Encoder, seed: int) -> Task:
     return Task(lambda key: (variables["params"], {}), loss, batch, evaluate)
 
 
-def preset(
-    recipe: FineTuning,
-    data: Callable[[Path | None], Examples] = read,
-    config: bert.Config = bert.MINILM,
-    weights: Callable[[Path | None], Encoder] = fine_tuning.minilm,
-    network: str = "MiniLM",
-) -> Preset:
-    """An encoder on SST-2."""
-    return Preset(recipe, bert.Classification(config), data, weights, network=network)
-
-
 STUDY = Study(
     "sst_2",
     fine_tuning.FIXED,
     {
-        "cpu": preset(FineTuning(epochs=1), lambda path: read(path, every=8)),
-        "gpu": preset(FineTuning(epochs=3)),
-        "paper": preset(FineTuning(epochs=3, rate=2e-5), read, bert.BASE, fine_tuning.public, "BERT-base"),
+        "cpu": preset(FineTuning(epochs=1), bert.Classification, lambda path: read(path, every=8)),
+        "gpu": preset(FineTuning(epochs=3), bert.Classification, read),
+        "paper": preset(
+            FineTuning(epochs=3, rate=2e-5), bert.Classification, read, bert.BASE, fine_tuning.public, "BERT-base"
+        ),
     },
     fine_tuning.DENSE,
     learned=classes,

@@ -12,7 +12,6 @@ Time: not measured yet; continues where it was left
 Data: MiniLM and STS-B (NM_JAX_DATA)
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs import fine_tuning
-from experiments.configs.fine_tuning import Encoder, Examples, FineTuning
+from experiments.configs.fine_tuning import Encoder, Examples, FineTuning, preset
 from experiments.configs.study import Preset, Study
 from experiments.data import glue, lengths, packed
 from experiments.data.errors import reading
@@ -69,23 +68,15 @@ def similarity(preset: Preset, data: Examples, start: Encoder, seed: int) -> Tas
     return Task(lambda key: (variables["params"], {}), loss, batch, evaluate)
 
 
-def preset(
-    recipe: FineTuning,
-    config: bert.Config = bert.MINILM,
-    weights: Callable[[Path | None], Encoder] = fine_tuning.minilm,
-    network: str = "MiniLM",
-) -> Preset:
-    """An encoder on STS-B."""
-    return Preset(recipe, bert.SentenceEmbedding(config), read, weights, network=network)
-
-
 STUDY = Study(
     "sts_b",
     fine_tuning.FIXED,
     {
-        "cpu": preset(FineTuning(epochs=1, rate=2e-5)),
-        "gpu": preset(FineTuning(epochs=4, rate=2e-5)),
-        "paper": preset(FineTuning(epochs=4, rate=2e-5), bert.BASE, fine_tuning.public, "BERT-base"),
+        "cpu": preset(FineTuning(epochs=1, rate=2e-5), bert.SentenceEmbedding, read),
+        "gpu": preset(FineTuning(epochs=4, rate=2e-5), bert.SentenceEmbedding, read),
+        "paper": preset(
+            FineTuning(epochs=4, rate=2e-5), bert.SentenceEmbedding, read, bert.BASE, fine_tuning.public, "BERT-base"
+        ),
     },
     dense=(),  # there is no head
     learned=similarity,
