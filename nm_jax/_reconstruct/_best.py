@@ -73,8 +73,8 @@ def best(
     scores: Any,
     solver: Any,
     options: dict[str, Any],
-) -> tuple[PyTree, PyTree, PruneReport, tuple[ConversionStep, ...], list[tuple]]:
-    """New parameters, their masks, the report of AdaPrune, the steps, and the inputs that these are judged on.
+) -> tuple[PyTree, PyTree, PruneReport, tuple[ConversionStep, ...]]:
+    """New parameters, their masks, the report of AdaPrune, and the steps, the last of which is of these parameters.
 
     Args:
       apply: the model.
@@ -119,7 +119,7 @@ def best(
         steps.append(tried)
     whole = survey.all_masks(params, masks)
     new, fitted = fit_blocks(apply, dense, new, whole, fit, held_out=held, row_mask=row_mask, **blocks)
-    return new, whole, layers, (*steps, step("blocks fitted", new, fitted)), held
+    return new, whole, layers, (*steps, step("blocks fitted", new, fitted))
 
 
 def _worse(new: ConversionStep, old: ConversionStep) -> bool:

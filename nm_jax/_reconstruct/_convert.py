@@ -174,15 +174,15 @@ def convert(
         return new, Conversion(masks, violations, layers, verify(new, survey.rules))
     batches = list(argument_tuples(batches))
     if effort == "best":
-        new, masks, layers, steps, judged = best(apply, params, survey, batches, scores, solver, options)
+        new, masks, layers, steps = best(apply, params, survey, batches, scores, solver, options)
+        outputs = steps[-1].outputs
     else:
         found = compute_masks(params, survey.broken, scores=scores, solver=solver)
         masks = survey.all_masks(params, found)
         if options.get("held_out") is not None:
             options["held_out"] = list(argument_tuples(options["held_out"], "held_out"))
         new, layers = adaprune(apply, params, found, batches, **options)
-        judged = options.get("held_out") or batches
-    outputs = compare_outputs(apply, params, new, judged, options.get("row_mask"))
+        outputs = compare_outputs(apply, params, new, options.get("held_out") or batches, options.get("row_mask"))
     if outputs is not None and outputs.collapsed:
         warnings.warn(f"the outputs of the converted network: {outputs}", stacklevel=2)
     return new, Conversion(masks, violations, layers, verify(new, survey.rules), outputs, steps)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,8 +46,10 @@ def choose(
     device = device or default_device()
     if wanted is not None:
         implementation = _named(wanted)
-        if isinstance(wanted, str) and (best := _nearest(implementation, product, device)):
-            implementation = _as_measured(implementation, best, product, device)
+        if isinstance(wanted, str):
+            current = [m for m in _measured(implementation, device) if m.version == implementation.version]
+            if best := _nearest(current, product):
+                implementation = _as_measured(implementation, best, product, device)
         if reason := _refusal(implementation, product, device):
             raise ValueError(
                 f"implementation {implementation.name!r} cannot run this product on {device.device_kind}: {reason}; "
@@ -94,7 +97,7 @@ def _expected_gain(kernel: Implementation, product: Product, device: jax.Device)
         )
     if not current:
         return None, f"this version of it was not measured; {MEASURE}"
-    if (best := _nearest(kernel, product, device)) is None:
+    if (best := _nearest(current, product)) is None:
         return None, f"it was not measured in {product.dtype.name}; {MEASURE}"
     if best.dtype != product.dtype.name:
         warn_once(
@@ -113,11 +116,10 @@ def _measured(kernel: Implementation, device: jax.Device) -> list[Measurement]:
     return [m for m in load_profile() if m.device == device.device_kind and m.implementation == kernel.name]
 
 
-def _nearest(kernel: Implementation, product: Product, device: jax.Device) -> Measurement | None:
+def _nearest(current: Sequence[Measurement], product: Product) -> Measurement | None:
     """What counts for a product of all that was measured of this version of a kernel, in the dtype or, if there is
     nothing, in the other half: at the nearest shape, the configuration that promises most. Of several measurements of
     one configuration, as forward and backward, the one that promises least."""
-    current = [m for m in _measured(kernel, device) if m.version == kernel.version]
     near = [m for m in current if m.dtype == product.dtype.name]
     if not near and product.dtype.name in _HALVES:
         near = [m for m in current if m.dtype in _HALVES]
